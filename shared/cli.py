@@ -1,0 +1,42 @@
+"""What the commands have in common: exit codes, and errors shown as one line. Imports no torch."""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from shared.errors import CheckFailed, UserError
+
+DONE, CRASHED, USER_MISTAKE, CHECK_FAILED = 0, 1, 2, 3
+
+_USER_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
+
+
+def exit_code_of(command: Callable[[], None], program: str) -> int:
+    """Run a command; print the user's mistakes and failed checks as one line each, and return the exit code.
+
+    What is neither is a defect of ours: it is raised on, with its traceback.
+    """
+    try:
+        command()
+    except UserError as error:
+        return _report(f"{program}: {error}", USER_MISTAKE)
+    except CheckFailed as error:
+        return _report(f"{program}: {error}", CHECK_FAILED)
+    except OSError as error:
+        if error.errno not in _USER_ERRNOS:
+            raise
+        return _report(f"{program}: {error.strerror}: {error.filename or 'while writing'}", USER_MISTAKE)
+    return DONE
+
+
+def _report(message: str, code: int) -> int:
+    """Print a message once per job: ranks other than 0 hold back while rank 0, which meets the same, speaks."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        # The launcher ends the other ranks when rank 0 exits; whoever is still there has met something of its own.
+        time.sleep(10)
+        message = f"[rank {rank}] {message}"
+    print(message, file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,275 @@
+"""The config tree of both stages, and how a YAML file and overrides become one. Imports no torch.
+
+Every field states its meaning and unit; unknown keys are refused with the nearest known one.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shared.rules import DEFAULT_COLUMNS, METHODS, RULE_PARAMETERS, Column, Source
+
+RuleName = Literal[
+    "sft", "prob", "mass", "prob_power", "prob_threshold", "prob_above",
+    "talr", "infosft", "entropy", "chord", "deft", "idft",
+]  # fmt: skip
+
+DEEPSPEED_KEYS_OF_TRAIN = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_tokens",
+    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_tokens",
+    "managed_gradient_accumulation": "nothing: the trainer owns the step's boundary",
+    "gradient_allreduce_op": "nothing: the loss is normalised over the whole batch",
+    "gradient_clipping": "train.gradient_clipping",
+    "optimizer": "train.learning_rate, train.weight_decay and train.adam_*",
+    "scheduler": "train.schedule and train.warmup_ratio",
+    "bf16": "train.dtype",
+    "fp16": "train.dtype (float16 training is not offered)",
+}
+"""DeepSpeed keys that the trainer writes itself, and what to set instead."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class ColumnsConfig(_Strict):
+    """Names of the columns (JSON fields) that the data is read from."""
+
+    id: str | None = None
+    """The user's row id; None takes `row_id` or `id` where there is one."""
+    messages: str = "messages"
+    """A conversation: a list of {role, content, ...}."""
+    tools: str = "tools"
+    """Tool definitions, passed to the chat template; optional in every row."""
+    prompt: str = "prompt"
+    """What comes before the completion."""
+    completion: str = "completion"
+    """What is trained on."""
+    input_ids: str = "input_ids"
+    """Token ids, for data that is tokenised already."""
+    target_mask: str = "target_mask"
+    """1 or true where the token is a target; as long as `input_ids`."""
+
+
+class DataConfig(_Strict):
+    """What is scored: where it lies, how a row becomes token ids, and which of them are targets."""
+
+    path: str | tuple[str, ...] | None = None
+    """JSONL, JSONL.gz or Parquet: a file, a glob, or a list of them. Required by `prift-score`."""
+    format: Literal["auto", "messages", "prompt_completion", "tokens"] = "auto"
+    """What a row holds; `auto` looks at the first row and prints its choice."""
+    columns: ColumnsConfig = ColumnsConfig()
+    template: Literal["auto", "chat", "chat_prompt", "plain"] = "auto"
+    """How text becomes ids. `plain`: BOS + prompt + completion + EOS, encoded apart. `chat`: the model's chat
+    template. `chat_prompt`: the prompt through the chat template, then completion + EOS (the paper's form).
+    `auto`: `chat` for messages, `chat_prompt` for prompts where the tokenizer has a template, else `plain`."""
+    template_arguments: dict[str, Any] = {}
+    """Extra variables for the chat template, such as {enable_thinking: false}."""
+    template_date: str = Field(default="2024-07-26", pattern=r"^\d{4}-\d{2}-\d{2}$")
+    """The day that a chat template is told is today, so that the ids do not change overnight."""
+    targets: Literal["completion", "last_turn", "all"] = "completion"
+    """Which tokens are trained on: all assistant turns, the last one only, or every token but the first."""
+    max_length: int = Field(default=2048, ge=2)
+    """Longest row in tokens."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to a longer row; truncation cuts on the right."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first so many rows of the source."""
+
+
+class PriorConfig(_Strict):
+    """The frozen pretrained model whose support is measured."""
+
+    model: str | None = None
+    """A local folder or a hub id. Required by `prift-score`. Only safetensors weights are read."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub id; the commit it resolves to is recorded."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the weights; `auto` is float32 on a CPU and bfloat16 on CUDA. The head is always float32 out."""
+    compute_dtype: Literal["auto", "weights", "float64"] = "auto"
+    """Dtype of the forward pass. `weights`: that of the weights. `float64`: exact to about 2e-6, at half the speed
+    and twice the memory of float32, which is off by up to 5e-5. `auto`: float64 for float32 weights on a CPU."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such models are refused."""
+
+
+class ScoreConfig(_Strict):
+    """How the prior is run, and where its numbers go."""
+
+    output: str | None = None
+    """Folder of the score store. Required by `prift-score`."""
+    engine: Literal["auto", "transformers"] = "auto"
+    """What runs the prior; `auto` is transformers, or what the store began with."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    batch_tokens: int = Field(default=16384, ge=16)
+    """Tokens of a forward pass, padding included; a longer row goes alone."""
+    logits_mebibytes: int = Field(default=64, ge=1)
+    """No logits tensor is larger than so many MiB (one row of logits at least)."""
+    columns: tuple[Column, ...] = DEFAULT_COLUMNS
+    """Statistics to store; `entropy_top20` and `collision` serve the rules `entropy` and `deft`."""
+    shard_rows: int = Field(default=2048, ge=1)
+    """Source rows of a shard, the unit of resuming: a killed run loses at most the shard it was in."""
+    rehash: bool = False
+    """Hash the data files again on a resume; else size and modification time are compared."""
+
+    @model_validator(mode="after")
+    def _has_logprob(self) -> Self:
+        if "logprob" not in self.columns or len(set(self.columns)) != len(self.columns):
+            raise ValueError(f"score.columns must hold logprob, and each name once; got {list(self.columns)}")
+        return self
+
+
+class WeightingConfig(_Strict):
+    """The weight of a target, from its statistics. A parameter left out takes the rule's default."""
+
+    rule: RuleName | None = None
+    """Name of the rule; `train.method` may name it instead."""
+    source: Source | None = None
+    """`prior`: the stored statistics. `online`: those of the model in training, detached."""
+    threshold: float | None = Field(default=None, gt=0, le=1)
+    """mass: the smallest u = 1 - mass_rank that is kept, a probability."""
+    alpha: float | None = Field(default=None, gt=0)
+    """prob_power, entropy: exponent."""
+    min_prob: float | None = Field(default=None, gt=0, le=1)
+    """prob_threshold, prob_above: smallest probability that is kept."""
+    max_prob: float | None = Field(default=None, gt=0, lt=1)
+    """infosft: probability from which on the weight is 0."""
+    beta: float | None = Field(default=None, gt=0)
+    """idft: temperature."""
+    lo: float | None = Field(default=None, gt=0)
+    """idft: smallest exponent."""
+    hi: float | None = Field(default=None, gt=0)
+    """idft: largest exponent."""
+    floor: float | None = Field(default=None, ge=0, le=1)
+    """Any rule: no weight is smaller than this. talr: its own floor, 0.01 unless given."""
+    stop_token_weight: float | None = Field(default=None, ge=0)
+    """Weight of stop tokens in place of the rule's; None leaves them to the rule, as the paper does."""
+
+
+class TrainConfig(_Strict):
+    """One training run from a score store."""
+
+    scores: str | None = None
+    """Folder of the score store. The only key that training requires."""
+    eval_scores: str | dict[str, str] | None = None
+    """Score stores to evaluate on: a folder, or names and folders."""
+    eval_steps: int = Field(default=0, ge=0)
+    """Evaluate after every so many steps; 0: before the first and after the last step only."""
+    model: str | None = None
+    """Folder or hub id of the model to train; None takes the prior that scored the store."""
+    model_revision: str | None = None
+    """Revision of a hub id."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off: such models are refused."""
+    output: str | None = None
+    """Folder of the run. None: `runs/` and the run's name, or `runs/train`."""
+    cache_dir: str | None = None
+    """Node-local folder for the memory-mapped copy of the store; None: `~/.cache/prift`."""
+    method: Literal["sft", "dft", "prift_prob", "prift_mass"] | None = None
+    """The paper's names: sft, dft = prob/online, prift_prob = prob/prior, prift_mass = mass/prior."""
+    weighting: WeightingConfig = WeightingConfig()
+    normalize_by: Literal["targets", "kept", "weights", "micro_batch"] = "targets"
+    """What sum(weight * nll) is divided by: the targets of the global batch, those of non-zero weight, the sum
+    of weights; or the mean over targets of each micro-batch, then the mean over micro-batches (the authors')."""
+    batch_size: int = Field(default=64, ge=1)
+    """Examples of an optimizer step, over all ranks."""
+    micro_batch_tokens: int = Field(default=8192, ge=16)
+    """Tokens of a micro-batch on one rank, padding included; a longer example goes alone."""
+    micro_batch_examples: int | None = Field(default=None, ge=1)
+    """Most examples of a micro-batch; the authors use 4."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the rows; the last partial batch of each is dropped."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many optimizer steps, whichever comes first."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order of examples."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` is bfloat16 on CUDA (with float32 master weights) and float32 on a CPU."""
+    learning_rate: float = Field(default=5e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After warm-up: half a cosine down to 0 at the last step, or constant."""
+    warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises linearly."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay, on all parameters."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient; 0 does not clip."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more work."""
+    checkpoint_steps: int = Field(default=500, ge=1)
+    """Save a checkpoint after every so many steps, and after the last."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """The newest so many checkpoints are kept."""
+    resume: str = "auto"
+    """`auto`: from the newest checkpoint of `train.output`. `never`: refuse a folder that holds a run. Else the
+    path of a checkpoint."""
+    deepspeed: dict[str, Any] = {}
+    """DeepSpeed's own config, passed on verbatim but for the keys that the trainer writes."""
+
+    @model_validator(mode="after")
+    def _rule_has_its_parameters(self) -> Self:
+        rule, _ = self.rule_and_source()
+        given = self.weighting.model_dump(exclude={"rule", "source", "floor", "stop_token_weight"}, exclude_none=True)
+        for name in given:
+            if rule is None or name not in RULE_PARAMETERS[rule]:
+                takes = sorted(RULE_PARAMETERS[rule]) if rule else []
+                raise ValueError(
+                    f"train.weighting.{name}={given[name]} is given, but rule {rule} takes {takes or 'no parameter'}"
+                )
+        for name, default in RULE_PARAMETERS[rule].items() if rule else ():
+            if default is None and name not in given:
+                raise ValueError(f"rule {rule} has no default for train.weighting.{name}: give it")
+        return self
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        if self.normalize_by == "micro_batch" and self.micro_batch_examples is None:
+            raise ValueError(
+                "train.normalize_by=micro_batch needs train.micro_batch_examples, which is None (the authors use 4)"
+            )
+        for key in self.deepspeed.keys() & DEEPSPEED_KEYS_OF_TRAIN.keys():
+            raise ValueError(
+                f"train.deepspeed.{key} is written by the trainer; set {DEEPSPEED_KEYS_OF_TRAIN[key]} instead"
+            )
+        stage = self.zero_stage()
+        if stage not in (0, 1, 2, 3):
+            raise ValueError(f"train.deepspeed.zero_optimization.stage must be 0, 1, 2 or 3; got {stage!r}")
+        return self
+
+    def zero_stage(self) -> Any:
+        """The ZeRO stage asked for; 1 where none is."""
+        zero = self.deepspeed.get("zero_optimization", {})
+        return zero.get("stage", 1) if isinstance(zero, dict) else zero
+
+    def rule_and_source(self) -> tuple[str | None, Source]:
+        """The rule and its source, from `method` and `weighting` together.
+
+        Raises:
+            ValueError: they contradict each other.
+        """
+        rule, source = self.weighting.rule, self.weighting.source
+        if self.method is not None:
+            preset = METHODS[self.method]
+            for name, ours, theirs in (("rule", rule, preset[0]), ("source", source, preset[1])):
+                if ours not in (None, theirs):
+                    raise ValueError(
+                        f"train.method={self.method} means {name} {theirs}, but train.weighting.{name}={ours}; "
+                        "give one of them"
+                    )
+            return preset
+        return rule, source or "prior"
+
+
+class Config(_Strict):
+    """A pipeline: one prior, one data set, one score store, and the runs that train from it."""
+
+    data: DataConfig = DataConfig()
+    prior: PriorConfig = PriorConfig()
+    score: ScoreConfig = ScoreConfig()
+    train: TrainConfig = TrainConfig()

@@ -1,0 +1,138 @@
+"""Durable files: nothing under its final name is ever half-written.
+
+A file or folder is written under a temporary name beside its place, flushed to the disk, and renamed.
+A temporary name carries the host and the process that made it, so that what a killed process left behind
+can be told from what a living one is writing.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_PREFIX = ".tmp-"
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of the file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """Hex sha256 of a JSON value in canonical form: sorted keys, no blanks, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def sync_tree(path: Path) -> None:
+    """Flush a file, or every file and folder below a folder, to the disk."""
+    for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        descriptor = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; when the block ends well, what lies there becomes `path`, all at once.
+
+    What is written may be a file or a folder. A folder replaces only an absent or empty folder.
+    When the block raises, the temporary is removed and `path` is as it was.
+    """
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        sync_tree(temporary)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def temporary_path(path: Path) -> Path:
+    """The name beside `path` under which this process prepares it."""
+    return path.with_name(f"{_PREFIX}{socket.gethostname()}-{os.getpid()}-{path.name}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_stale_temporaries(folder: Path) -> None:
+    """Remove what processes of this host, now dead, left half-written in the folder."""
+    mine = f"{_PREFIX}{socket.gethostname()}-"
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name.startswith(mine):
+            pid = entry.name[len(mine) :].split("-", 1)[0]
+            if pid.isdigit() and not _is_alive(int(pid)):
+                remove(entry)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, all at once."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def create_json(path: Path, value: Any) -> bool:
+    """Write a JSON file unless one is there; of several processes exactly one gets True.
+
+    The file appears with its whole content: it is linked to its name from a finished temporary.
+    """
+    temporary = temporary_path(path)
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        sync_tree(temporary)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    _sync_folder(path.parent)
+    return True
+
+
+def probe_writable(folder: Path) -> None:
+    """Make the folder and write a file in it, so that a read-only or full disk shows at once.
+
+    Raises:
+        OSError: as the system gives it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = temporary_path(folder / "probe")
+    try:
+        probe.write_bytes(b"\0" * 4096)
+        sync_tree(probe)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

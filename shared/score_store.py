@@ -1,0 +1,204 @@
+"""The score store: a folder of Parquet shards and `store.json`, its identity. Imports no torch.
+
+`docs/store.md` describes the format for others who read or write it. This module holds what the folder says
+of itself: identity, source, plan of shards. `shared/shards.py` writes and reads the shards.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shared.errors import UserError
+from shared.files import create_json, sha256_of_json
+from shared.pretrained import TokenizerContent
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "store.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Identity(_Record):
+    """Everything that turns a row's content into its numbers, and nothing else."""
+
+    prior_weights: str
+    """sha256 over the prior's weight files."""
+    prior_config: str
+    """sha256 of its config.json."""
+    quantization: str | None
+    """sha256 of the quantisation config, if any."""
+    tokenizer_files: str
+    """sha256 over the tokenizer's files."""
+    chat_template: str | None
+    """sha256 of the chat template's source, where one is used."""
+    template_arguments: str | None
+    """sha256 of the arguments given to the chat template, its date among them."""
+    template: str
+    """chat, chat_prompt, plain, or tokens for data that came tokenised."""
+    targets: str
+    max_length: int
+    overlong: str
+    special_tokens: str
+    """BOS and EOS policy, in words."""
+    weight_dtype: str
+    compute_dtype: str
+    """Dtype of the forward pass."""
+    head_dtype: str
+    engine: str
+    statistics_version: int
+    columns: tuple[str, ...]
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of the identity."""
+        return sha256_of_json(self.model_dump(mode="json"))
+
+
+class DataFile(_Record):
+    """A file of the source."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+    num_rows: int
+
+
+class Source(_Record):
+    """Where the rows came from, and the shards planned from them."""
+
+    format: str
+    columns: dict[str, str | None]
+    limit: int | None
+    files: tuple[DataFile, ...]
+    shard_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are scored or dropped, all files together."""
+        total = sum(file.num_rows for file in self.files)
+        return total if self.limit is None else min(total, self.limit)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_rows // self.shard_rows)
+
+    def rows_of_shard(self, index: int) -> range:
+        """Source rows of a shard, before dropping."""
+        return range(index * self.shard_rows, min((index + 1) * self.shard_rows, self.num_rows))
+
+
+class Manifest(_Record):
+    """Content of store.json."""
+
+    schema_version: int
+    fingerprint: str
+    identity: Identity
+    source: Source
+    prior_name: str
+    prior_revision: str | None
+    vocab_size: int
+    """Rows of the prior's softmax; every token id is below it."""
+    tokenizer: TokenizerContent
+    stop_token_ids: tuple[int, ...]
+    user_row_ids: bool
+    """Whether row ids are the user's own, and so unique."""
+    software: dict[str, str]
+    """Versions of what made the store; recorded, not compared."""
+
+
+def read_manifest(store: Path) -> Manifest:
+    """Read store.json.
+
+    Raises:
+        UserError: no store, another schema version, or a file that is not what it should be.
+    """
+    path = store / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{store}: expected a score store, found no {MANIFEST_NAME}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r}: the store was made by another "
+            "version of prift; score again, or use that version"
+        )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if manifest.fingerprint != manifest.identity.fingerprint():
+        raise UserError(f"{path}: the fingerprint is not that of the identity beside it: the file was edited")
+    return manifest
+
+
+def create_or_match(store: Path, wanted: Manifest, command: Sequence[str]) -> Manifest:
+    """Create store.json, or check that the one there means the same store.
+
+    Args:
+        store: folder of the store; it exists.
+        wanted: what this run would make.
+        command: the words of the command line, for the ways out in the message.
+
+    Returns:
+        The store's manifest: its columns may be more than were asked for.
+
+    Raises:
+        UserError: the store there was made with another identity or source; lists the fields that differ.
+    """
+    if not (store / MANIFEST_NAME).exists() and create_json(store / MANIFEST_NAME, wanted.model_dump(mode="json")):
+        return wanted
+    found = read_manifest(store)
+    differences = differing_fields(found, wanted)
+    if differences:
+        raise UserError(_refusal(store, differences, command))
+    return found
+
+
+def differing_fields(found: Manifest, wanted: Manifest) -> list[tuple[str, Any, Any]]:
+    """Fields (name, stored, wanted) in which a store does not serve a request. A surplus of columns does."""
+    old, new = found.identity.model_dump(), wanted.identity.model_dump()
+    if set(new["columns"]) <= set(old["columns"]):
+        old["columns"] = new["columns"]
+    pairs = [(f"identity.{name}", old[name], new[name]) for name in old]
+    for name in ("format", "columns", "limit", "shard_rows"):
+        pairs.append((f"source.{name}", getattr(found.source, name), getattr(wanted.source, name)))
+    pairs.append(("source.files", _contents(found.source), _contents(wanted.source)))
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _contents(source: Source) -> list[tuple[str, int]]:
+    return [(file.sha256, file.num_rows) for file in source.files]
+
+
+def _refusal(store: Path, differences: list[tuple[str, Any, Any]], command: Sequence[str]) -> str:
+    import shlex
+
+    rows = [
+        ("field", "in the store", "asked for"),
+        *[(name, _short(old), _short(new)) for name, old, new in differences],
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
+    )
+    kept = [word for word in command if not word.startswith("score.output=")]
+    again = shlex.join(command)
+    return (
+        f"{store} holds scores of another identity or source:\n{table}\n"
+        f"Keep it and score elsewhere:  {shlex.join(kept)} score.output={shlex.quote(f'{store}-2')}\n"
+        f"Or replace it:  rm -r {shlex.quote(str(store))} && {again}"
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,239 @@
+"""Shards of a score store: Parquet files written all at once, read with every page checksum verified.
+
+Imports no torch. Value i of a statistic is about token i given the tokens before it, and null where token i is
+not a target. A digest over every value of the shard stands in its footer: columns that were shifted, swapped
+or edited after scoring no longer fit it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared.errors import UserError
+from shared.files import replacing
+from shared.score_store import Manifest, read_manifest
+
+_FOOTER_KEY = b"prift"
+_ROW_GROUP_ROWS = 512
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A tokenised example with the prior's statistics of its targets."""
+
+    row_id: str
+    source_index: int
+    input_ids: np.ndarray
+    """int32 (T,)."""
+    target_positions: np.ndarray
+    """int32 (N,), ascending, each in [1, T)."""
+    statistics: dict[str, np.ndarray]
+    """Statistic name to float32 (N,)."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished shard: its file and what its footer says."""
+
+    path: Path
+    index: int
+    num_rows: int
+    num_tokens: int
+    num_targets: int
+    digest: str
+    """sha256 over all values."""
+
+
+def shard_path(store: Path, index: int) -> Path:
+    """Where a shard lies once it is done."""
+    return store / f"shard-{index:05d}.parquet"
+
+
+def dropped_path(store: Path, index: int) -> Path:
+    """Where the rows of a shard that could not be scored are listed."""
+    return store / f"shard-{index:05d}.dropped.jsonl"
+
+
+def write_shard(
+    store: Path, index: int, manifest: Manifest, rows: Sequence[ScoredRow], dropped: Sequence[dict[str, Any]],
+    software: dict[str, str],
+) -> Shard:  # fmt: skip
+    """Write a shard and the list of its dropped rows; the shard is done when its file appears.
+
+    Args:
+        manifest: of the store; its fingerprint is repeated in the footer.
+        rows: scored rows in source order.
+        dropped: {row_id, source_index, reason} of the rest.
+        software: engine, versions, device and attention backend; recorded.
+    """
+    table = _to_table(rows, manifest.identity.columns)
+    digest = _Digest(table.schema.names)
+    digest.update(table)
+    footer = {
+        "fingerprint": manifest.fingerprint,
+        "shard": index,
+        "num_rows": len(rows),
+        "num_tokens": sum(len(row.input_ids) for row in rows),
+        "num_targets": sum(len(row.target_positions) for row in rows),
+        "digest": digest.hexdigest(),
+        **software,
+    }
+    with replacing(dropped_path(store, index)) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in dropped), encoding="utf-8")
+    with replacing(shard_path(store, index)) as temporary:
+        pq.write_table(
+            table.replace_schema_metadata({_FOOTER_KEY: json.dumps(footer).encode()}),
+            temporary,
+            row_group_size=_ROW_GROUP_ROWS,
+            compression="zstd",
+            use_dictionary=False,
+            # The leaf must be named: for the column's name pyarrow ignores the encoding without a word.
+            column_encoding={
+                f"{name}.list.element": "BYTE_STREAM_SPLIT"
+                for name in manifest.identity.columns
+                if name != "mass_rank"  # mostly exact zeros: plain is smaller
+            },
+            write_page_checksum=True,
+        )
+    return read_footer(shard_path(store, index), manifest, index)
+
+
+def read_footer(path: Path, manifest: Manifest, index: int) -> Shard:
+    """What a shard's footer says, checked against the store.
+
+    Raises:
+        UserError: the file is torn, or belongs to another store or place.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            content, num_rows = (file.schema_arrow.metadata or {}).get(_FOOTER_KEY), file.metadata.num_rows
+        footer = json.loads(content or b"{}")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path}: not a whole Parquet file ({_first_line(error)}); remove it and score again") from None
+    expected = {"fingerprint": manifest.fingerprint, "shard": index, "num_rows": num_rows}
+    for name, value in expected.items():
+        if footer.get(name) != value:
+            raise UserError(f"{path}: its footer says {name}={footer.get(name)!r}, expected {value!r}")
+    return Shard(path, index, num_rows, footer["num_tokens"], footer["num_targets"], footer["digest"])
+
+
+def open_store(store: Path) -> tuple[Manifest, list[Shard]]:
+    """A finished store: its manifest and all its shards.
+
+    Raises:
+        UserError: not a store, another schema version, or unfinished.
+    """
+    manifest = read_manifest(store)
+    planned = range(manifest.source.num_shards)
+    missing = [index for index in planned if not shard_path(store, index).is_file()]
+    if missing:
+        raise UserError(
+            f"{store} is unfinished: {len(missing)} of {len(planned)} shards are missing, the first is shard "
+            f"{missing[0]}; run prift-score again to finish it"
+        )
+    return manifest, [read_footer(shard_path(store, index), manifest, index) for index in planned]
+
+
+def read_batches(shard: Shard, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Stream a shard row group by row group; where all columns are read, its digest is verified at the end.
+
+    Args:
+        columns: names to read; None reads all.
+
+    Raises:
+        UserError: a page's checksum, or the digest, does not hold.
+    """
+    try:
+        with pq.ParquetFile(shard.path, page_checksum_verification=True) as file:
+            digest = _Digest(file.schema_arrow.names) if columns is None else None
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, columns=columns)
+                if digest is not None:
+                    digest.update(table)
+                yield table
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(
+            f"{shard.path}: a page is corrupted ({_first_line(error)}); remove it and score again"
+        ) from None
+    if digest is not None and digest.hexdigest() != shard.digest:
+        raise UserError(
+            f"{shard.path}: its values are not those that were scored (the digest differs): ids or columns were "
+            "shifted, swapped or edited; remove it and score again"
+        )
+
+
+@dataclass(frozen=True)
+class FlatColumn:
+    """A list column laid flat."""
+
+    lengths: np.ndarray
+    """int64 (rows,)."""
+    values: np.ndarray
+    """All values one after the other; 0 where null."""
+    valid: np.ndarray
+    """bool, as long as `values`."""
+
+
+def flatten(column: pa.ChunkedArray) -> FlatColumn:
+    """Lay a list column flat; a null list counts as an empty one."""
+    lengths = column.combine_chunks().value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    parts = [chunk.flatten() for chunk in column.chunks]
+    values = pa.concat_arrays(parts) if parts else pa.array([], column.type.value_type)
+    valid = values.is_valid().to_numpy(zero_copy_only=False)
+    return FlatColumn(lengths, values.fill_null(0).to_numpy(zero_copy_only=False), valid)
+
+
+class _Digest:
+    """sha256 over the values of a shard, independent of how they are cut into row groups."""
+
+    def __init__(self, names: Sequence[str]):
+        parts = ("lengths", "valid", "values")
+        self._hashers = {(name, part): hashlib.sha256() for name in sorted(names) for part in parts}
+
+    def update(self, table: pa.Table) -> None:
+        for name in table.schema.names:
+            column = table.column(name)
+            if pa.types.is_list(column.type):
+                flat = flatten(column)
+                for part in ("lengths", "valid", "values"):
+                    self._hashers[name, part].update(np.ascontiguousarray(getattr(flat, part)).tobytes())
+            else:
+                text = "".join(f"{value!r}\n" for value in column.to_pylist())
+                self._hashers[name, "values"].update(text.encode("utf-8", "surrogatepass"))
+
+    def hexdigest(self) -> str:
+        parts = [f"{name}/{part}:{hasher.hexdigest()}" for (name, part), hasher in self._hashers.items()]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _to_table(rows: Sequence[ScoredRow], columns: Sequence[str]) -> pa.Table:
+    lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    ids = np.concatenate([row.input_ids for row in rows]) if rows else np.zeros(0, np.int32)
+    starts = offsets[:-1]
+    targets = [row.target_positions + start for row, start in zip(rows, starts, strict=True)]
+    positions = np.concatenate(targets) if rows else np.zeros(0, np.int64)
+    no_target = np.ones(len(ids), dtype=bool)
+    no_target[positions] = False
+    arrays: dict[str, pa.Array] = {
+        "row_id": pa.array([row.row_id for row in rows], pa.string()),
+        "source_index": pa.array([row.source_index for row in rows], pa.int64()),
+        "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
+    }
+    for name in columns:
+        values = np.zeros(len(ids), dtype=np.float32)
+        if rows:
+            values[positions] = np.concatenate([row.statistics[name] for row in rows])
+        arrays[name] = pa.ListArray.from_arrays(offsets, pa.array(values, pa.float32(), mask=no_target))
+    return pa.table(arrays)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,190 @@
+"""From `Example` to `TokenizedExample`: which ids the prior sees, and which of them are targets.
+
+A conversation is rendered by the model's own template. Where its assistant turns cannot be found exactly, the
+row is dropped with the reason; a mask is never guessed.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+
+from shared.config import DataConfig
+from shared.errors import UserError
+from stage1_score.read import Conversation, Example, PromptCompletion, TokenIds
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """What the prior sees of a row."""
+
+    row_id: str
+    source_index: int
+    input_ids: np.ndarray
+    """int32 (T,)."""
+    target_positions: np.ndarray
+    """int32 (N,), ascending, each in [1, T), N >= 1."""
+
+
+@dataclass(frozen=True)
+class DroppedRow:
+    """A row that cannot be scored, and why."""
+
+    row_id: str
+    source_index: int
+    reason: str
+    breaks_template: bool
+    """Whether the chat template is to blame, rather than the row."""
+
+
+class _TemplateMisfit(Exception):
+    """The turns of a conversation cannot be found exactly in its rendering."""
+
+
+def choose_template(data: DataConfig, format_name: str, tokenizer: Any) -> str:
+    """The template that `data.template` means for this format and tokenizer: chat, chat_prompt, plain or tokens.
+
+    Raises:
+        UserError: the choice does not fit the format or the tokenizer.
+    """
+    if format_name == "tokens":
+        return "tokens"
+    has_chat = bool(tokenizer.chat_template)
+    automatic = {"messages": "chat", "prompt_completion": "chat_prompt" if has_chat else "plain"}
+    template = automatic[format_name] if data.template == "auto" else data.template
+    if template != "plain" and not has_chat:
+        raise UserError(f"data.template={template} needs a chat template, but the prior's tokenizer has none")
+    if template == "plain" and format_name == "messages":
+        raise UserError("data.template=plain needs prompts and completions, but the data holds messages")
+    if template != "chat" and tokenizer.eos_token_id is None:
+        raise UserError(f"data.template={template} ends each row with EOS, but the tokenizer has no eos token")
+    if template != "chat" and data.targets == "last_turn":
+        raise UserError(f"data.targets=last_turn needs data.template=chat; the template is {template}")
+    return template
+
+
+class RowTokenizer:
+    """Turns examples of one source into ids and targets."""
+
+    def __init__(self, tokenizer: Any, data: DataConfig, template: str, stop_ids: frozenset[int], vocab_size: int):
+        self._tokenizer, self._data, self._template = tokenizer, data, template
+        self._stop_ids, self._vocab_size = stop_ids, vocab_size
+        self._today = datetime.fromisoformat(data.template_date)
+
+    def tokenize(self, example: Example) -> TokenizedExample | DroppedRow:
+        """Ids and targets of a row, or why there are none.
+
+        Raises:
+            UserError: an id beyond the vocabulary, or a row that is too long where data.overlong=error.
+        """
+        try:
+            ids, is_target = self._ids_and_targets(example)
+        except (_TemplateMisfit, TemplateError) as error:
+            return DroppedRow(example.row_id, example.source_index, f"chat template: {error}", True)
+        if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
+            wrong = next(token for token in ids if not 0 <= token < self._vocab_size)
+            raise UserError(
+                f"{example.place}: token id {wrong} is outside the prior's vocabulary of {self._vocab_size}"
+            )
+        longest = self._data.max_length
+        if len(ids) > longest:
+            reason = f"{len(ids)} tokens, data.max_length is {longest}"
+            if self._data.overlong == "error":
+                raise UserError(f"{example.place}: {reason}; data.overlong=drop or truncate goes on")
+            if self._data.overlong == "drop":
+                return DroppedRow(example.row_id, example.source_index, reason, False)
+        # The first token has nothing before it that could support it: it is never a target.
+        mask = np.array(is_target[:longest], dtype=bool)
+        mask[:1] = False
+        positions = np.flatnonzero(mask).astype(np.int32)
+        if not len(positions):
+            return DroppedRow(example.row_id, example.source_index, "no target token", False)
+        return TokenizedExample(example.row_id, example.source_index, np.array(ids[:longest], np.int32), positions)
+
+    def _ids_and_targets(self, example: Example) -> tuple[list[int], list[bool]]:
+        content = example.content
+        if isinstance(content, TokenIds):
+            return content.input_ids, [True] * len(content.input_ids) if self._all else content.target_mask
+        if self._template == "plain":
+            assert isinstance(content, PromptCompletion)
+            bos = self._tokenizer.bos_token_id
+            prompt = ([] if bos is None else [bos]) + self._encode(content.prompt)
+            return self._joined(prompt, content.completion)
+        if self._template == "chat_prompt":
+            messages, completion = _prompt_and_completion(content)
+            tools = content.tools if isinstance(content, Conversation) else None
+            return self._joined(self._render(messages, tools, True), completion)
+        return self._chat(content)
+
+    @property
+    def _all(self) -> bool:
+        return self._data.targets == "all"
+
+    def _joined(self, prompt: list[int], completion: str) -> tuple[list[int], list[bool]]:
+        answer = [*self._encode(completion), self._tokenizer.eos_token_id]
+        return prompt + answer, [self._all] * len(prompt) + [True] * len(answer)
+
+    def _chat(self, content: Conversation | PromptCompletion | TokenIds) -> tuple[list[int], list[bool]]:
+        if isinstance(content, PromptCompletion):
+            turns = [("user", content.prompt), ("assistant", content.completion)]
+            content = Conversation([{"role": role, "content": text} for role, text in turns], None)
+        assert isinstance(content, Conversation)
+        messages = content.messages
+        ids = self._render(messages, content.tools, False)
+        is_target = [self._all] * len(ids)
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        for index in turns[-1:] if self._data.targets == "last_turn" else turns:
+            begin, end = self._turn(messages, index, content.tools, ids)
+            is_target[begin:end] = [True] * (end - begin)
+        return ids, is_target
+
+    def _turn(self, messages: list[dict[str, Any]], index: int, tools: Any, ids: list[int]) -> tuple[int, int]:
+        """Where turn `index` stands in the rendering of the whole: [begin, end), its stop token included."""
+        before = self._render(messages[:index], tools, True)
+        through = self._render(messages[: index + 1], tools, False)
+        end = next((i + 1 for i in reversed(range(len(through))) if through[i] in self._stop_ids), 0)
+        if end <= len(before):
+            raise _TemplateMisfit(f"the assistant turn {index} does not end on a stop token")
+        if ids[: len(before)] != before or ids[:end] != through[:end]:
+            raise _TemplateMisfit(f"the conversation up to message {index} is not rendered as a prefix of the whole")
+        return len(before), end
+
+    def _render(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> list[int]:
+        return self._tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=False,
+            # A template that prints today's date would give other ids tomorrow.
+            strftime_now=self._today.strftime,
+            **self._data.template_arguments,
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _prompt_and_completion(content: Conversation | PromptCompletion | TokenIds) -> tuple[list[dict[str, Any]], str]:
+    if isinstance(content, PromptCompletion):
+        return [{"role": "user", "content": content.prompt}], content.completion
+    assert isinstance(content, Conversation)
+    last = content.messages[-1]
+    if last["role"] != "assistant" or not isinstance(last.get("content"), str):
+        raise _TemplateMisfit("chat_prompt needs a conversation that ends with an assistant's text")
+    return content.messages[:-1], last["content"]
+
+
+def marked_text(example: TokenizedExample, tokenizer: Any) -> str:
+    """The example as text, targets between ⟦ and ⟧, control characters escaped."""
+    is_target = np.zeros(len(example.input_ids), dtype=bool)
+    is_target[example.target_positions] = True
+    edges = np.flatnonzero(np.diff(is_target)) + 1
+    pieces = []
+    for run in np.split(np.arange(len(is_target)), edges):
+        text = tokenizer.decode(example.input_ids[run].tolist())
+        text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+        pieces.append(f"⟦{text}⟧" if is_target[run[0]] else text)
+    return "".join(pieces)
