@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         sync_tree(temporary)
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         remove(temporary)
         raise
@@ -101,7 +101,7 @@ def create_json(path: Path, value: Any) -> bool:
         return False
     finally:
         temporary.unlink()
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return True
 
 
@@ -120,7 +120,8 @@ def probe_writable(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries to the disk: after a rename in it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

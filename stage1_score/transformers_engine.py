@@ -1,6 +1,6 @@
 """The prior run by transformers: padded batches, the head on target rows only.
 
-Shape suffixes: B examples of a batch, T tokens, N targets, D hidden size, V vocabulary.
+Shape suffixes: N targets of a batch, C statistics, D hidden size.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from shared.head import (
     refuse_unknown_head,
     vocab_rows,
 )
+from shared.padding import PaddedBatch, pad_and_shift
 from shared.pretrained import PretrainedFiles, load_causal_lm
 from shared.score_store import Identity
 from shared.shards import ScoredRow
@@ -75,7 +76,7 @@ class TransformersEngine:
         pending: list[Tensor] = []
         for batch in batches:
             members = [examples[index] for index in batch]
-            statistics = self.forward(*collate(members))
+            statistics = self.forward(pad_and_shift(members))
             # Kept on the device until the shard is through: a copy per batch would make the device wait.
             pending.append(torch.stack([statistics[column] for column in self._columns]).float())
             on_tokens(sum(len(member.input_ids) for member in members))
@@ -88,20 +89,13 @@ class TransformersEngine:
             start = stop
         return [row for row in rows if row is not None]
 
-    def forward(self, input_ids_BT: Tensor, rows_N: Tensor, targets_N: Tensor) -> dict[str, Tensor]:
-        """Statistics of one padded batch, on the device.
-
-        Args:
-            input_ids_BT: int64, padded on the right.
-            rows_N: int64, positions in the flattened batch whose hidden states predict the targets.
-            targets_N: int64 token ids.
-        """
-        device = self._model.device
-        hidden_BTD = hidden_states(self._model, input_ids_BT.to(device, non_blocking=True))
-        hidden_ND = hidden_BTD.flatten(0, 1)[rows_N.to(device, non_blocking=True)]
+    def forward(self, batch: PaddedBatch) -> dict[str, Tensor]:
+        """Statistics (N,) of the targets of one batch, on the device."""
+        batch = batch.to(self._model.device)
+        hidden_ND = hidden_states(self._model, batch.input_ids_BT).flatten(0, 1)[batch.hidden_rows_N]
         return statistics_in_chunks(
             hidden_ND,
-            targets_N.to(device, non_blocking=True),
+            batch.target_ids_N,
             self._columns,
             lambda hidden: logits_of_hidden(self._model, hidden),
             vocab_rows(self._model),
@@ -118,22 +112,3 @@ class TransformersEngine:
             )
         statistics = {column: values_CN[index] for index, column in enumerate(self._columns)}
         return ScoredRow(example.row_id, example.source_index, example.input_ids, example.target_positions, statistics)
-
-
-def collate(examples: Sequence[TokenizedExample]) -> tuple[Tensor, Tensor, Tensor]:
-    """Pad examples on the right, and say which hidden states predict which targets.
-
-    The hidden state at position i - 1 predicts token i: the one shift of stage 1 is here.
-
-    Returns:
-        input_ids_BT, rows_N (into the flattened batch) and targets_N, all int64 on the CPU; targets in the order of
-        the examples.
-    """
-    longest = max(len(example.input_ids) for example in examples)
-    input_ids_BT = torch.zeros(len(examples), longest, dtype=torch.int64)
-    rows, targets = [], []
-    for index, example in enumerate(examples):
-        input_ids_BT[index, : len(example.input_ids)] = torch.from_numpy(example.input_ids)
-        rows.append(example.target_positions.astype(np.int64) - 1 + index * longest)
-        targets.append(example.input_ids[example.target_positions].astype(np.int64))
-    return input_ids_BT, torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(targets))

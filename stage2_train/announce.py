@@ -1,0 +1,31 @@
+"""What a run says before it begins: its arithmetic, and what its weights will do."""
+
+from stage2_train.distributed import World
+from stage2_train.plan import deal
+from stage2_train.preflight import stop_token_warning
+from stage2_train.setup import Job, resolve_dtype, write_config
+
+
+def announce(job: Job, world: World) -> None:
+    """Write config.yaml and print the batch arithmetic and warnings; called by rank 0."""
+    config, plan, cache = job.config, job.plan, job.cache
+    write_config(job)
+    rows = plan.rows_of_step(1)
+    dealt = deal(
+        cache.lengths[rows].tolist(), world.size, config.micro_batch_tokens, config.micro_batch_examples,
+        keep_groups=config.normalize_by == "micro_batch",
+    )  # fmt: skip
+    stage = config.zero_stage()
+    num_tokens, num_targets = int(cache.lengths[rows].sum()), int(cache.num_targets[rows].sum())
+    print(
+        f"{len(cache):,} rows x {config.epochs} epochs / {plan.batch_size} per step: {plan.num_steps} steps; step 1 is "
+        f"{num_tokens:,} tokens, {num_targets:,} targets, as {len(dealt[0])} micro-batches on each of {world.size} "
+        f"ranks; {resolve_dtype(config)}, ZeRO-{max(1, stage)}, rule {job.weighting.rule}/{job.weighting.source}, "
+        f"normalised by {config.normalize_by}",
+        flush=True,
+    )
+    if stage == 0:
+        print("ZeRO stage 0 runs as stage 1: in DeepSpeed 0.19 stage 0 misses the first step's bias correction")
+    warning = stop_token_warning(cache, job.weighting)
+    if warning:
+        print(warning, flush=True)

@@ -1,0 +1,166 @@
+"""A score store as memory-mapped files: what training reads rows from, in any order, without decoding.
+
+The store is converted once per content and node. One file per column, each renamed into place when it is whole;
+processes of one node share the pages. While it converts, it verifies: every page, the digest of every shard and
+the invariants of every row.
+"""
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from shared.errors import UserError
+from shared.files import remove_stale_temporaries, replacing, sha256_of_json
+from shared.score_store import Manifest
+from shared.shards import Shard, flatten, open_store, read_batches
+from shared.verify import row_problems
+
+_BASE_FILES = {"row_ends": np.int64, "input_ids": np.int32, "target_ends": np.int64, "target_positions": np.int32}
+"""Name and dtype; `row_ends` and `target_ends` are cumulative counts, one per row."""
+
+
+@dataclass(frozen=True)
+class CachedRow:
+    """One row of a store, as views of the memory map."""
+
+    input_ids: np.ndarray
+    """int32 (T,)."""
+    target_positions: np.ndarray
+    """int32 (N,)."""
+    statistics: dict[str, np.ndarray]
+    """float32 (N,) each."""
+
+
+class ScoreCache:
+    """Rows of a finished store, in source order."""
+
+    def __init__(self, store: Path, manifest: Manifest, shards: Sequence[Shard], folder: Path, columns: Sequence[str]):
+        self.store, self.manifest, self.shards, self.key = store, manifest, list(shards), folder.name
+        base = {name: _map(folder, name, dtype) for name, dtype in _BASE_FILES.items()}
+        self.columns = {name: _map(folder, name, np.float32) for name in columns}
+        self._input_ids, self._target_positions = base["input_ids"], base["target_positions"]
+        # Copied into memory: 16 bytes a row, read at every step.
+        self._row_starts = np.concatenate([[0], base["row_ends"]])
+        self._target_starts = np.concatenate([[0], base["target_ends"]])
+        self.lengths = np.diff(self._row_starts)
+        """Tokens of each row, int64."""
+        self.num_targets = np.diff(self._target_starts)
+        """Targets of each row, int64."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def row(self, index: int) -> CachedRow:
+        """A row by its place in source order."""
+        tokens = slice(self._row_starts[index], self._row_starts[index + 1])
+        targets = slice(self._target_starts[index], self._target_starts[index + 1])
+        statistics = {name: column[targets] for name, column in self.columns.items()}
+        return CachedRow(self._input_ids[tokens], self._target_positions[targets], statistics)
+
+    def target_ids(self, most: int) -> np.ndarray:
+        """int32 ids of the first targets of the store, at most so many rows' worth as hold `most` targets."""
+        num_rows = int(np.searchsorted(self._target_starts, most, side="right")) - 1
+        rows = (self.row(index) for index in range(max(num_rows, 1)))
+        return np.concatenate([row.input_ids[row.target_positions] for row in rows])
+
+    def stored_rows(self, indices: Sequence[int], columns: Sequence[str]) -> list[dict[str, list]]:
+        """Columns of some rows, read from the Parquet files themselves: slow, for messages and checks."""
+        ends = np.cumsum([shard.num_rows for shard in self.shards])
+        tables: dict[int, pa.Table] = {}
+        rows = []
+        for index in indices:
+            place = int(np.searchsorted(ends, index, side="right"))
+            if place not in tables:
+                tables[place] = pa.concat_tables(read_batches(self.shards[place], columns))
+            first = int(ends[place]) - self.shards[place].num_rows
+            rows.append(tables[place].slice(index - first, 1).to_pylist()[0])
+        return rows
+
+
+def open_cache(store: Path, columns: Sequence[str], cache_dir: Path) -> ScoreCache:
+    """Open the memory-mapped copy of a store, making what is missing of it first.
+
+    Of the processes of a node one makes it while the others wait; a copy that was begun by a process that died is
+    made anew.
+
+    Args:
+        columns: statistics to map; only these are converted.
+        cache_dir: node-local folder; copies of several stores lie in it side by side.
+
+    Raises:
+        UserError: the store is unfinished or damaged, or lacks a column.
+    """
+    manifest, shards = open_store(store)
+    for name in columns:
+        if name not in manifest.identity.columns:
+            have = list(manifest.identity.columns)
+            raise UserError(f"{store}: expected the column {name}, which the rule reads; the store has {have}. "
+                            f"Score again with score.columns=[{','.join([*have, name])}]")  # fmt: skip
+    key = sha256_of_json([manifest.fingerprint, [shard.digest for shard in shards]])[:32]
+    folder = cache_dir / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        missing = [name for name in [*_BASE_FILES, *columns] if not _file(folder, name).exists()]
+        if missing:
+            remove_stale_temporaries(folder)
+            _convert(manifest, shards, folder, missing)
+    return ScoreCache(store, manifest, shards, folder, columns)
+
+
+def _convert(manifest: Manifest, shards: Sequence[Shard], folder: Path, names: Sequence[str]) -> None:
+    tokens = targets = 0
+    with ExitStack() as stack:
+        files = {}
+        for name in names:
+            temporary = stack.enter_context(replacing(_file(folder, name)))
+            files[name] = stack.enter_context(temporary.open("wb"))
+        for table in _sound_tables(manifest, shards):
+            ids, first = flatten(table.column("input_ids")), flatten(table.column("logprob"))
+            starts = np.cumsum(ids.lengths) - ids.lengths
+            targets_per_row = np.add.reduceat(first.valid, starts) if len(starts) else np.zeros(0, np.int64)
+            pieces = {
+                "row_ends": tokens + np.cumsum(ids.lengths),
+                "input_ids": ids.values,
+                "target_ends": targets + np.cumsum(targets_per_row),
+                "target_positions": np.flatnonzero(first.valid) - np.repeat(starts, ids.lengths)[first.valid],
+            }
+            for name, file in files.items():
+                if name in pieces:
+                    file.write(pieces[name].astype(_BASE_FILES[name]).tobytes())
+                else:
+                    flat = flatten(table.column(name))
+                    file.write(flat.values[flat.valid].astype(np.float32).tobytes())
+            tokens, targets = tokens + len(ids.values), targets + int(first.valid.sum())
+    if not tokens:
+        raise UserError(f"{folder}: the store has no row")
+
+
+def _sound_tables(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[pa.Table]:
+    """The row groups of a store in order, every one verified."""
+    for shard in shards:
+        for table in read_batches(shard):
+            problems = row_problems(table, manifest, shard)
+            if problems:
+                raise UserError(problems[0])
+            yield table
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system frees it when its holder dies."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.bin"
+
+
+def _map(folder: Path, name: str, dtype: type) -> np.ndarray:
+    return np.memmap(_file(folder, name), dtype=dtype, mode="r")

@@ -1,0 +1,59 @@
+"""Processes, devices and the few collectives that training needs."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_DEFAULT_ENVIRONMENT = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+
+def meet() -> World:
+    """Join the other processes of the run; alone, where no launcher set an environment.
+
+    Must be called before anything else of DeepSpeed: without CUDA it is told so, and kept from compiling its
+    shared-memory collectives, which takes a C++ compiler and the better part of a minute.
+    """
+    for name, value in _DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    on_cuda = torch.cuda.is_available()
+    if not on_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    if not on_cuda:
+        __compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)

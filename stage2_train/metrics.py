@@ -1,0 +1,107 @@
+"""What a run writes about itself while it trains: `metrics.jsonl`, `eval.jsonl` and a progress bar."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shared.files import replacing
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl."""
+
+    step: int
+    """From 1."""
+    loss: float
+    """Weighted loss, normalised as the run is."""
+    nll: float
+    """Plain mean negative log-likelihood of the targets, nats."""
+    weight_mean: float
+    weight_zero_fraction: float
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    num_targets: int
+    tokens_per_second: float
+    """Over all ranks, padding not counted."""
+
+
+def metrics_path(run: Path) -> Path:
+    """One line per optimizer step."""
+    return run / "metrics.jsonl"
+
+
+def eval_path(run: Path) -> Path:
+    """One line per evaluation and score store."""
+    return run / "eval.jsonl"
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append a JSON line; it is on its way to the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Cut the lines after a step: a resumed run writes them again. A torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+class TrainingProgress:
+    """Writes the metrics of rank 0 and shows them: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, run: Path, first_step: int, num_steps: int, is_writer: bool):
+        self._path, self._num_steps, self._is_writer = metrics_path(run), num_steps, is_writer
+        self._last_line = -float("inf")
+        self._bar: Progress | None = None
+        if is_writer and sys.stdout.isatty():
+            columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"),
+                       TimeRemainingColumn())  # fmt: skip
+            self._bar = Progress(*columns, console=Console())
+            self._task = self._bar.add_task("training", total=num_steps, completed=first_step - 1, shown="")
+            self._bar.start()
+
+    def record(self, metrics: StepMetrics) -> None:
+        """Write and show the metrics of a step."""
+        if not self._is_writer:
+            return
+        append_line(self._path, asdict(metrics))
+        shown = (
+            f"loss {metrics.loss:.4f}  nll {metrics.nll:.4f}  weight {metrics.weight_mean:.3f} "
+            f"({metrics.weight_zero_fraction:.0%} zero)  {metrics.tokens_per_second:,.0f} tokens/s"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=metrics.step, shown=shown)
+            return
+        now = time.perf_counter()
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES or metrics.step == self._num_steps:
+            self._last_line = now
+            print(f"step {metrics.step}/{self._num_steps}  {shown}", flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()

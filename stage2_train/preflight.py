@@ -1,0 +1,85 @@
+"""Checks before and at the first step: that weights belong to tokens, and that the user knows what they do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.errors import UserError
+from shared.pretrained import tokenizer_content
+from shared.score_store import Manifest
+from shared.weighting import TargetStatistics, Weighting
+from stage2_train.cache import ScoreCache
+
+_LARGEST_ROW_DIFFERENCE = {"float32": 0.01, "bfloat16": 0.5}
+"""Mean |stored nll - nll| of a row, nats. float32 rounding gives 1e-4, bfloat16 up to 0.2 on single tokens; columns
+that belong to other tokens are off by several nats."""
+
+_WARN_BELOW = 0.1
+
+
+def refuse_other_tokenizer(tokenizer: Any, manifest: Manifest, store: Path, model_name: str) -> None:
+    """Refuse a model whose tokenizer gives other ids than the one the store was made with.
+
+    Raises:
+        UserError: token map, merges or special ids differ; names which.
+    """
+    ours, theirs = tokenizer_content(tokenizer).model_dump(), manifest.tokenizer.model_dump()
+    differing = [name for name in ours if ours[name] != theirs[name]]
+    if differing:
+        raise UserError(
+            f"the tokenizer of {model_name} is not the one that {store} was scored with ({', '.join(differing)}): "
+            f"train a model with the tokenizer of {manifest.prior_name}, or score again with this one"
+        )
+
+
+def refuse_small_vocabulary(vocab_size: int, manifest: Manifest, model_name: str) -> None:
+    """Refuse a model with fewer embeddings than the tokenizer has ids; padded vocabularies may differ."""
+    largest = max([*manifest.stop_token_ids, *(i for i in manifest.tokenizer.special_ids.values() if i is not None)])
+    if vocab_size <= largest:
+        raise UserError(f"{model_name} has {vocab_size} embeddings, but special tokens go up to id {largest}")
+
+
+def refuse_misaligned(
+    cache: ScoreCache, rows: Sequence[int], mean_nll_by_row: Sequence[float], dtype: str, model_name: str
+) -> None:
+    """At the first step of a run that starts from the prior: the model must agree with the stored scores.
+
+    Args:
+        rows: of the first step.
+        mean_nll_by_row: mean nll of each under the model in training, nats.
+
+    Raises:
+        UserError: a row disagrees: its scores belong to other tokens, or the model is not the prior any more.
+    """
+    stored = cache.stored_rows(rows, ["row_id", "logprob"])
+    for record, nll in zip(stored, mean_nll_by_row, strict=True):
+        expected = -float(np.mean([value for value in record["logprob"] if value is not None]))
+        if not abs(expected - nll) <= _LARGEST_ROW_DIFFERENCE[dtype]:
+            raise UserError(
+                f"row {record['row_id']!r}: the store says a mean nll of {expected:.4f}, {model_name} gives {nll:.4f} "
+                "before the first step: the scores belong to other tokens, or this is no longer the model that scored"
+            )
+
+
+def stop_token_warning(cache: ScoreCache, weighting: Weighting, most_targets: int = 1_000_000) -> str | None:
+    """A warning where the prior hardly supports stop tokens, so that the model may not learn to stop; else None."""
+    if weighting.source != "prior" or weighting.rule == "sft" or weighting.stop_token_weight is not None:
+        return None
+    ids = torch.from_numpy(cache.target_ids(most_targets).astype(np.int64))
+    is_stop_N = torch.isin(ids, torch.tensor(cache.manifest.stop_token_ids, dtype=torch.int64))
+    if not is_stop_N.any():
+        return None
+    columns = {name: torch.from_numpy(np.array(cache.columns[name][: len(ids)])) for name in weighting.columns}
+    row_nll_R = -columns["logprob"].mean()[None] if weighting.needs_row_nll else None
+    weights_N = weighting.weights(TargetStatistics(columns, row_nll_R), is_stop_N)
+    of_stops, of_all = float(weights_N[is_stop_N].mean()), float(weights_N.mean())
+    if of_stops >= _WARN_BELOW:
+        return None
+    return (
+        f"WARNING: stop tokens get a mean weight of {of_stops:.4f} (all targets: {of_all:.4f}) over the first "
+        f"{len(ids):,} targets: the prior hardly supports them, and the model may not learn to stop. "
+        "train.weighting.stop_token_weight=1 gives them full weight"
+    )

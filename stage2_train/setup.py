@@ -1,0 +1,151 @@
+"""Everything a run needs before its first step: checked on each process alone, then built together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from shared.config import Config, TrainConfig
+from shared.errors import UserError
+from shared.files import probe_writable, replacing
+from shared.head import head_difference, prepare_head, refuse_unknown_head, vocab_rows
+from shared.pretrained import PretrainedFiles, find_pretrained, load_causal_lm, load_tokenizer
+from shared.weighting import Weighting, resolve_weighting
+from stage2_train.cache import ScoreCache, open_cache
+from stage2_train.checkpoint import newest_checkpoint, read_state, use_safe_loading
+from stage2_train.deepspeed_config import build_deepspeed_config
+from stage2_train.distributed import World
+from stage2_train.loss import WeightedLM
+from stage2_train.metrics import metrics_path
+from stage2_train.plan import Plan, make_plan
+from stage2_train.preflight import refuse_other_tokenizer, refuse_small_vocabulary
+
+_FREE_TO_CHANGE = {
+    "output", "cache_dir", "eval_scores", "eval_steps", "checkpoint_steps", "keep_checkpoints", "resume", "scores",
+}  # fmt: skip
+"""Settings that a resumed run may change: they do not touch the numbers."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run as one process sees it before it meets the others."""
+
+    config: TrainConfig
+    output: Path
+    weighting: Weighting
+    cache: ScoreCache
+    eval_caches: dict[str, ScoreCache]
+    plan: Plan
+    files: PretrainedFiles
+    tokenizer: Any
+    starts_from_prior: bool
+    checkpoint: Path | None
+    """To resume from."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it goes on from."""
+        return {**self.config.model_dump(mode="json", exclude=_FREE_TO_CHANGE), "scores_key": self.cache.key}
+
+
+def prepare(config: Config) -> Job:
+    """Check everything that one process can check alone.
+
+    Raises:
+        UserError: any mistake in the config, the stores, the model or the output folder.
+    """
+    train = config.train
+    if train.scores is None:
+        raise UserError("expected train.scores, the score store to train from; got none")
+    weighting = resolve_weighting(train)
+    cache_dir = Path(train.cache_dir) if train.cache_dir else Path.home() / ".cache" / "prift"
+    prior_columns = weighting.columns if weighting.source == "prior" else ()
+    cache = open_cache(Path(train.scores), prior_columns, cache_dir)
+    stores = {"eval": train.eval_scores} if isinstance(train.eval_scores, str) else train.eval_scores or {}
+    eval_caches = {name: open_cache(Path(store), ("mass_rank",), cache_dir) for name, store in stores.items()}
+    manifest = cache.manifest
+    starts_from_prior = train.model is None
+    name, revision = (
+        (train.model, train.model_revision) if train.model else (manifest.prior_name, manifest.prior_revision)
+    )
+    files = find_pretrained(name, revision, train.trust_remote_code)
+    tokenizer = load_tokenizer(files)
+    for store in (cache, *eval_caches.values()):
+        refuse_other_tokenizer(tokenizer, store.manifest, store.store, name)
+    plan = make_plan(len(cache), train.batch_size, train.epochs, train.max_steps, train.seed)
+    output = Path(train.output or "runs/train")
+    probe_writable(output)
+    job = Job(
+        train, output, weighting, cache, eval_caches, plan, files, tokenizer, starts_from_prior,
+        _checkpoint(train, output),
+    )  # fmt: skip
+    _refuse_other_settings(job)
+    return job
+
+
+def write_config(job: Job) -> None:
+    """Write the resolved config of the run."""
+    with replacing(job.output / "config.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump({"train": job.config.model_dump(mode="json")}, sort_keys=False))
+
+
+def build_engine(job: Job, world: World, online_columns: tuple[str, ...]) -> tuple[Any, Any]:
+    """Load the model and wrap it with DeepSpeed; called by all ranks. Returns (engine, model)."""
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    config = job.config
+    dtype = resolve_dtype(config)
+    hidden_size = int(job.files.config().get("hidden_size", 1024))
+    ds_config = build_deepspeed_config(config, dtype, world.size, hidden_size)
+    # Kept alive while the model loads: with it transformers partitions the weights as it reads them.
+    partitioner = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
+    model = load_causal_lm(job.files, getattr(torch, dtype))
+    del partitioner
+    refuse_small_vocabulary(vocab_rows(model), job.cache.manifest, job.files.name)
+    prepare_head(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module = WeightedLM(model, online_columns)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)
+    use_safe_loading(engine)
+    probe = torch.arange(8, device=world.device).remainder(vocab_rows(model))[None]
+    refuse_unknown_head(model, float(head_difference(model, probe)))
+    return engine, model
+
+
+def resolve_dtype(config: TrainConfig) -> str:
+    """float32 or bfloat16."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def _checkpoint(config: TrainConfig, output: Path) -> Path | None:
+    if config.resume == "never":
+        if metrics_path(output).exists() or newest_checkpoint(output):
+            raise UserError(f"{output} holds a run already, and train.resume=never: give another train.output")
+        return None
+    return newest_checkpoint(output) if config.resume == "auto" else Path(config.resume)
+
+
+def _refuse_other_settings(job: Job) -> None:
+    """Refuse to go on from a checkpoint of a run with other settings."""
+    if job.checkpoint is None:
+        return
+    stored = read_state(job.checkpoint)["settings"]
+    differing = [
+        f"train.{name}: {stored.get(name)!r} there, {value!r} now"
+        for name, value in job.settings().items()
+        if stored.get(name) != value
+    ]
+    if differing:
+        raise UserError(
+            f"{job.checkpoint} is of a run with other settings ({'; '.join(differing)}): give another train.output, "
+            "or the settings of that run"
+        )

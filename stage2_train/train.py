@@ -1,0 +1,54 @@
+"""`deepspeed stage2_train/train.py`: fine-tune from a score store, without the prior in memory."""
+
+import argparse
+import os
+import sys
+
+
+def main() -> None:
+    """Entry point; see the exit codes in `shared/cli.py`."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Fine-tune a model with the token weights of a score store. Run it with deepspeed or torchrun.",
+        epilog="Every key is described in pipeline.yaml. A rerun goes on from the newest checkpoint.",
+    )
+    parser.add_argument("pipeline", help="YAML file with the section train")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run=NAME, or a key such as train.seed=1")
+    parser.add_argument("--local_rank", type=int, help="set by the launcher")
+    arguments = parser.parse_args()
+    if arguments.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
+    # A script's own folder stands first on the path; the packages lie one above.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    from shared.cli import exit_code_of
+
+    sys.exit(exit_code_of(lambda: train(arguments.pipeline, arguments.overrides), "train.py"))
+
+
+def train(pipeline: str, overrides: list[str]) -> None:
+    """Run the training that a pipeline and overrides describe, as one of its ranks."""
+    from shared.load_config import load_config
+
+    config = load_config(pipeline, overrides)
+    from stage2_train.setup import prepare
+
+    job = prepare(config)
+    from stage2_train.distributed import meet
+
+    world = meet()
+    from stage2_train.announce import announce
+    from stage2_train.trainer import Trainer
+
+    if world.rank == 0:
+        announce(job, world)
+    try:
+        Trainer(job, world).run()
+    finally:
+        import torch
+
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The training loop.
+
+Shape suffixes: N targets of a micro-batch, R rows of the step.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared.errors import UserError
+from stage2_train.batch import Batch, make_batch
+from stage2_train.checkpoint import (
+    export_model,
+    load_checkpoint,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+)
+from stage2_train.deepspeed_config import learning_rate_at
+from stage2_train.distributed import World
+from stage2_train.evaluate import evaluate
+from stage2_train.loss import Weigh
+from stage2_train.metrics import StepMetrics, TrainingProgress, append_line, cut_after, eval_path, metrics_path
+from stage2_train.plan import deal
+from stage2_train.preflight import refuse_misaligned
+from stage2_train.setup import Job, build_engine, resolve_dtype
+from stage2_train.weigh import StepWeigher, WeighedBatch
+
+
+class Trainer:
+    """A run on one rank, from its first or resumed step to the exported model."""
+
+    def __init__(self, job: Job, world: World):
+        """Load the model, and the checkpoint if there is one; called by all ranks."""
+        self.job, self.world, self.config = job, world, job.config
+        self.weigher = StepWeigher(job.weighting, job.config, job.cache, world.all_reduce)
+        self.engine, self.model = build_engine(job, world, self.weigher.online_columns)
+        self.first_step = 1
+        if job.checkpoint is not None:
+            self.first_step = self._resume()
+
+    def run(self) -> None:
+        """Train to the last step, evaluate, and export the model; called by all ranks."""
+        num_steps = self.job.plan.num_steps
+        if self.world.rank == 0:
+            for path in (metrics_path(self.job.output), eval_path(self.job.output)):
+                cut_after(path, self.first_step - 1)
+        if self.first_step == 1:
+            self._evaluate(0)
+        progress = TrainingProgress(self.job.output, self.first_step, num_steps, self.world.rank == 0)
+        for step in range(self.first_step, num_steps + 1):
+            progress.record(self._step(step))
+            is_last = step == num_steps
+            if is_last or (self.config.eval_steps and step % self.config.eval_steps == 0):
+                self._evaluate(step)
+            if is_last or step % self.config.checkpoint_steps == 0:
+                self._save(step)
+        progress.close()
+        export_model(self.engine, self.model, self.job.tokenizer, self.job.output / "model")
+        self.world.barrier()
+
+    def _step(self, step: int) -> StepMetrics:
+        """One optimizer step: every micro-batch forward and backward, then the update."""
+        started = time.perf_counter()
+        learning_rate = learning_rate_at(step, self.job.plan.num_steps, self.config)
+        rows = self.job.plan.rows_of_step(step)
+        weighed = self._micro_batches(rows)
+        # Weighted loss, sum of weights, zero weights, tokens; then the nll of each row of the step.
+        totals = torch.zeros(4 + len(rows), dtype=torch.float64, device=self.world.device)
+        for part in weighed:
+            weighted_sum, nll_N, weights_N = self.engine(part.batch.tokens, part.weigh)
+            loss = weighted_sum * part.scale
+            # DeepSpeed averages gradients over ranks; the loss is a sum over them.
+            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+            totals[0] += loss.detach()
+            totals[1] += weights_N.sum(dtype=torch.float64)
+            totals[2] += (weights_N == 0).sum()
+            totals[3] += part.batch.num_tokens
+            totals[4:].index_add_(0, part.batch.places_N, nll_N.double())
+        self.world.all_reduce(totals)
+        row_nll_R = totals[4:].cpu().numpy()
+        self._check(step, rows, row_nll_R, float(totals[0]))
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        grad_norm = float(self.engine.get_global_grad_norm())
+        if not np.isfinite(grad_norm):
+            raise UserError(
+                f"step {step}: the gradient's norm is {grad_norm}; the step was not applied. {self._advice()}"
+            )
+        num_targets = int(self.job.cache.num_targets[rows].sum())
+        return StepMetrics(
+            step=step, loss=float(totals[0]), nll=float(row_nll_R.sum()) / num_targets,
+            weight_mean=float(totals[1]) / num_targets, weight_zero_fraction=float(totals[2]) / num_targets,
+            grad_norm=grad_norm, lr=learning_rate, num_targets=num_targets,
+            tokens_per_second=float(totals[3]) / (time.perf_counter() - started),
+        )  # fmt: skip
+
+    def _micro_batches(self, rows: np.ndarray) -> list[WeighedBatch]:
+        """This rank's share of a step."""
+        config, cache = self.config, self.job.cache
+        dealt = deal(
+            cache.lengths[rows].tolist(), self.world.size, config.micro_batch_tokens, config.micro_batch_examples,
+            keep_groups=config.normalize_by == "micro_batch",
+        )  # fmt: skip
+        num_groups = sum(1 for rank in dealt for micro_batch in rank if micro_batch)
+        stop_token_ids = cache.manifest.stop_token_ids
+        batches = [
+            make_batch(cache, rows, micro_batch, stop_token_ids, self.world.device)
+            for micro_batch in dealt[self.world.rank]
+        ]
+        return self.weigher.prepare(rows, batches, num_groups, self._forward)
+
+    def _forward(self, batch: Batch, weigh: Weigh) -> tuple[Tensor, Tensor, Tensor]:
+        return self.engine(batch.tokens, weigh)
+
+    def _check(self, step: int, rows: np.ndarray, row_nll_R: np.ndarray, loss: float) -> None:
+        """Before the update: every number is finite, and at the first step the scores fit the model."""
+        is_bad_R = ~np.isfinite(row_nll_R)
+        if is_bad_R.any() or not np.isfinite(loss):
+            named = self._row_ids(rows[is_bad_R if is_bad_R.any() else slice(None)])
+            raise UserError(
+                f"step {step}: the loss is not finite before the update; rows concerned: {', '.join(named)}. "
+                + self._advice()
+            )
+        if step == 1 and self.job.starts_from_prior:
+            means = row_nll_R / self.job.cache.num_targets[rows]
+            refuse_misaligned(
+                self.job.cache, rows.tolist(), means.tolist(), resolve_dtype(self.config), self.job.files.name
+            )
+
+    def _row_ids(self, rows: Sequence[int] | np.ndarray, most: int = 8) -> list[str]:
+        named = [repr(row["row_id"]) for row in self.job.cache.stored_rows(list(rows[:most]), ["row_id"])]
+        return named + ([f"and {len(rows) - most} more"] if len(rows) > most else [])
+
+    def _advice(self) -> str:
+        return "Lower train.learning_rate, raise train.warmup_ratio, or look at these rows"
+
+    def _evaluate(self, step: int) -> None:
+        def forward(batch: Batch) -> Tensor:
+            return self._forward(batch, lambda online: torch.zeros(batch.num_targets, device=self.world.device))[1]
+
+        self.engine.eval()
+        for name, cache in self.job.eval_caches.items():
+            with torch.no_grad():
+                result = evaluate(step, name, cache, forward, self.world, self.config.micro_batch_tokens)
+            if self.world.rank == 0:
+                append_line(eval_path(self.job.output), asdict(result))
+                supported = "none" if result.nll_supported is None else f"{result.nll_supported:.4f}"
+                print(f"evaluation after step {step} on {name}: nll {result.nll:.4f}, supported targets {supported}")
+        self.engine.train()
+
+    def _save(self, step: int) -> None:
+        state = {**self._layout(), "settings": self.job.settings()}
+        save_checkpoint(self.engine, self.job.output, step, state, self.world.barrier)
+        if self.world.rank == 0:
+            prune_checkpoints(self.job.output, self.config.keep_checkpoints)
+
+    def _resume(self) -> int:
+        """Load the checkpoint; returns the step to go on with."""
+        assert self.job.checkpoint is not None
+        state = read_state(self.job.checkpoint)
+        for name, value in self._layout().items():
+            if state[name] != value:
+                raise UserError(
+                    f"{self.job.checkpoint} was saved with {name}={state[name]}, this run has {value}: use the same"
+                )
+        load_checkpoint(self.engine, self.job.checkpoint)
+        if self.world.rank == 0:
+            print(f"resumed from {self.job.checkpoint}, after step {state['step']}", flush=True)
+        return int(state["step"]) + 1
+
+    def _layout(self) -> dict[str, Any]:
+        """How the state is spread: a checkpoint fits the same layout only."""
+        return {"world_size": self.world.size, "zero_stage": max(1, self.config.zero_stage())}
