@@ -15,13 +15,14 @@ class Engine(Protocol):
         ...
 
     def score(
-        self, examples: Sequence[TokenizedExample], on_tokens: Callable[[int], None] = lambda num_tokens: None
+        self, examples: Sequence[TokenizedExample], on_batch: Callable[[int, int], None] = lambda rows, tokens: None
     ) -> list[ScoredRow]:
         """Statistics of all targets.
 
         Args:
             examples: any number, in any order of lengths.
-            on_tokens: called with the tokens (padding not counted) of each batch that was handed to the device.
+            on_batch: called with the examples and tokens (padding not counted) of each batch that was handed to the
+                device.
 
         Returns:
             One row per example, in order.

@@ -25,14 +25,10 @@ class ScoringProgress:
         """Scored tokens per second, padding not counted."""
         return self._tokens / max(time.perf_counter() - self._start, 1e-9)
 
-    def add_tokens(self, num_tokens: int) -> None:
-        """Count the tokens of a batch."""
-        self._tokens += num_tokens
-        self._show()
-
-    def add_rows(self, num_rows: int) -> None:
-        """Count the rows of a finished shard, dropped ones too."""
+    def add(self, num_rows: int, num_tokens: int) -> None:
+        """Count rows that were scored or dropped, and their tokens."""
         self._rows += num_rows
+        self._tokens += num_tokens
         self._show()
 
     def _show(self) -> None:
@@ -43,10 +39,10 @@ class ScoringProgress:
         if now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        left = (now - self._start) / self._rows * (self._num_rows - self._rows) if self._rows else float("nan")
+        left = (now - self._start) / max(self._rows, 1) * (self._num_rows - self._rows)
         print(
-            f"{self._rows}/{self._num_rows} rows, {self._tokens} tokens, {self.tokens_per_second:,.0f} tokens/s, "
-            f"{left:.0f} s left",
+            f"{self._rows:,}/{self._num_rows:,} rows, {self._tokens:,} tokens, {self.tokens_per_second:,.0f} tokens/s, "
+            f"about {left:.0f} s left",
             flush=True,
         )
 

@@ -99,10 +99,10 @@ def score_shards(plan: Plan, engine: Engine) -> float:
             rows_seen += len(source.rows_of_shard(shard.index))
             misfits += sum(row.breaks_template for row in shard.dropped)
             _refuse_misfits(misfits, rows_seen, shard.dropped)
-            rows = engine.score(shard.examples, progress.add_tokens)
+            progress.add(len(shard.dropped), 0)
+            rows = engine.score(shard.examples, progress.add)
             listed = [{"row_id": r.row_id, "source_index": r.source_index, "reason": r.reason} for r in shard.dropped]
             write_shard(plan.store, shard.index, plan.manifest, rows, listed, engine.describe())
-            progress.add_rows(len(source.rows_of_shard(shard.index)))
         return progress.tokens_per_second
 
 

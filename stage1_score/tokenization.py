@@ -164,7 +164,7 @@ class RowTokenizer:
         )
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
 
 
 def _prompt_and_completion(content: Conversation | PromptCompletion | TokenIds) -> tuple[list[dict[str, Any]], str]:

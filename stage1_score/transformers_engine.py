@@ -69,7 +69,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def score(
-        self, examples: Sequence[TokenizedExample], on_tokens: Callable[[int], None] = lambda num_tokens: None
+        self, examples: Sequence[TokenizedExample], on_batch: Callable[[int, int], None] = lambda rows, tokens: None
     ) -> list[ScoredRow]:
         """See `Engine.score`."""
         batches = self.batches(examples)
@@ -79,7 +79,7 @@ class TransformersEngine:
             statistics = self.forward(pad_and_shift(members))
             # Kept on the device until the shard is through: a copy per batch would make the device wait.
             pending.append(torch.stack([statistics[column] for column in self._columns]).float())
-            on_tokens(sum(len(member.input_ids) for member in members))
+            on_batch(len(members), sum(len(member.input_ids) for member in members))
         values_CN = torch.cat(pending, dim=1).cpu().numpy() if pending else np.zeros((len(self._columns), 0))
         rows: list[ScoredRow | None] = [None] * len(examples)
         start = 0
