@@ -86,6 +86,8 @@ def resolve_weighting(config: TrainConfig) -> Weighting:
     rule, source = config.rule_and_source()
     if rule is None:
         raise UserError("expected train.method or train.weighting.rule, such as train.method=prift_mass; got neither")
+    if not RULE_COLUMNS[rule]:
+        source = "prior"  # a rule that reads no statistic needs no forward pass to know its weights
     given = config.weighting.model_dump(exclude_none=True)
     parameters = {name: given.get(name, default) for name, default in RULE_PARAMETERS[rule].items()}
     # talr's own floor is a parameter of the rule, with a default; for other rules it is a knob, off by default.

@@ -70,16 +70,16 @@ class ScoreCache:
 
     def stored_rows(self, indices: Sequence[int], columns: Sequence[str]) -> list[dict[str, list]]:
         """Columns of some rows, read from the Parquet files themselves: slow, for messages and checks."""
+        wanted = np.array(indices, dtype=np.int64)
         ends = np.cumsum([shard.num_rows for shard in self.shards])
-        tables: dict[int, pa.Table] = {}
-        rows = []
-        for index in indices:
-            place = int(np.searchsorted(ends, index, side="right"))
-            if place not in tables:
-                tables[place] = pa.concat_tables(read_batches(self.shards[place], columns))
+        shard_of = np.searchsorted(ends, wanted, side="right")
+        rows: dict[int, dict[str, list]] = {}
+        for place in np.unique(shard_of):
+            table = pa.concat_tables(read_batches(self.shards[place], columns))
+            inside = wanted[shard_of == place]
             first = int(ends[place]) - self.shards[place].num_rows
-            rows.append(tables[place].slice(index - first, 1).to_pylist()[0])
-        return rows
+            rows |= dict(zip(inside.tolist(), table.take(inside - first).to_pylist(), strict=True))
+        return [rows[index] for index in wanted.tolist()]
 
 
 def open_cache(store: Path, columns: Sequence[str], cache_dir: Path) -> ScoreCache:

@@ -35,6 +35,11 @@ class World:
             torch.distributed.barrier()
 
 
+def _ranks_on_this_node() -> int:
+    """As the launcher says: torchrun and deepspeed name it differently."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def meet() -> World:
     """Join the other processes of the run; alone, where no launcher set an environment.
 
@@ -55,5 +60,8 @@ def meet() -> World:
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
         torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Each rank would take all cores; together they would spend their time waiting for each other.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_node()))
     deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)

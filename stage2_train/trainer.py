@@ -27,7 +27,7 @@ from stage2_train.evaluate import evaluate
 from stage2_train.loss import Weigh
 from stage2_train.metrics import StepMetrics, TrainingProgress, append_line, cut_after, eval_path, metrics_path
 from stage2_train.plan import deal
-from stage2_train.preflight import refuse_misaligned
+from stage2_train.preflight import refuse_misaligned, stored_logprobs
 from stage2_train.setup import Job, build_engine, resolve_dtype
 from stage2_train.weigh import StepWeigher, WeighedBatch
 
@@ -72,6 +72,7 @@ class Trainer:
         weighed = self._micro_batches(rows)
         # Weighted loss, sum of weights, zero weights, tokens; then the nll of each row of the step.
         totals = torch.zeros(4 + len(rows), dtype=torch.float64, device=self.world.device)
+        nll_by_batch: list[Tensor] = []
         for part in weighed:
             weighted_sum, nll_N, weights_N = self.engine(part.batch.tokens, part.weigh)
             loss = weighted_sum * part.scale
@@ -82,9 +83,12 @@ class Trainer:
             totals[2] += (weights_N == 0).sum()
             totals[3] += part.batch.num_tokens
             totals[4:].index_add_(0, part.batch.places_N, nll_N.double())
+            nll_by_batch.append(nll_N)
         self.world.all_reduce(totals)
         row_nll_R = totals[4:].cpu().numpy()
-        self._check(step, rows, row_nll_R, float(totals[0]))
+        self._refuse_non_finite(step, rows, row_nll_R, float(totals[0]))
+        if step == 1 and self.job.starts_from_prior:
+            self._refuse_misaligned(rows, [part.batch for part in weighed], nll_by_batch)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
@@ -119,8 +123,8 @@ class Trainer:
     def _forward(self, batch: Batch, weigh: Weigh) -> tuple[Tensor, Tensor, Tensor]:
         return self.engine(batch.tokens, weigh)
 
-    def _check(self, step: int, rows: np.ndarray, row_nll_R: np.ndarray, loss: float) -> None:
-        """Before the update: every number is finite, and at the first step the scores fit the model."""
+    def _refuse_non_finite(self, step: int, rows: np.ndarray, row_nll_R: np.ndarray, loss: float) -> None:
+        """Stop before the update where a number is not finite, and name the rows."""
         is_bad_R = ~np.isfinite(row_nll_R)
         if is_bad_R.any() or not np.isfinite(loss):
             named = self._row_ids(rows[is_bad_R if is_bad_R.any() else slice(None)])
@@ -128,11 +132,19 @@ class Trainer:
                 f"step {step}: the loss is not finite before the update; rows concerned: {', '.join(named)}. "
                 + self._advice()
             )
-        if step == 1 and self.job.starts_from_prior:
-            means = row_nll_R / self.job.cache.num_targets[rows]
-            refuse_misaligned(
-                self.job.cache, rows.tolist(), means.tolist(), resolve_dtype(self.config), self.job.files.name
-            )
+
+    def _refuse_misaligned(self, rows: np.ndarray, batches: Sequence[Batch], nll_by_batch: Sequence[Tensor]) -> None:
+        """Stop where the model, which is still the prior, does not give the stored scores."""
+        stored = stored_logprobs(self.job.cache, rows.tolist())
+        difference_R = torch.zeros(len(rows), dtype=torch.float64, device=self.world.device)
+        for batch, nll_N in zip(batches, nll_by_batch, strict=True):
+            members = torch.unique_consecutive(batch.places_N).tolist()
+            if members:
+                stored_N = torch.from_numpy(np.concatenate([stored[place] for place in members])).to(nll_N.device)
+                difference_R.index_add_(0, batch.places_N, (nll_N + stored_N).abs().double())
+        means = self.world.all_reduce(difference_R).cpu().numpy() / self.job.cache.num_targets[rows]
+        dtype = resolve_dtype(self.config)
+        refuse_misaligned(self.job.cache, rows.tolist(), means.tolist(), dtype, self.job.files.name)
 
     def _row_ids(self, rows: Sequence[int] | np.ndarray, most: int = 8) -> list[str]:
         named = [repr(row["row_id"]) for row in self.job.cache.stored_rows(list(rows[:most]), ["row_id"])]

@@ -1,0 +1,42 @@
+# Every target makes .venv first and installs what it needs; a second time that takes no time.
+PYTHON ?= python3
+# Data-parallel ranks of the demo; RANKS=1 on a machine with one GPU.
+RANKS ?= 2
+BIN := .venv/bin
+INSTALLED := .venv/installed
+METHODS := sft dft prift_prob prift_mass
+
+.PHONY: demo test test-long check bench
+
+# Score once, train four runs from the one store, compare.
+demo: $(INSTALLED)
+	$(BIN)/prift-score pipeline.yaml
+	$(BIN)/prift-score pipeline.yaml run=score_heldout
+	$(BIN)/prift-score pipeline.yaml run=score_prior_text
+	for method in $(METHODS); do \
+	  $(BIN)/deepspeed --num_gpus $(RANKS) stage2_train/train.py pipeline.yaml run=$$method || exit; \
+	done
+	$(BIN)/python -m evaluation.exact_answer data/demo/heldout.jsonl $(METHODS:%=runs/demo/%/model)
+	$(BIN)/python -m stage2_train.compare $(METHODS:%=runs/demo/%)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+# The import rules are tests: what imports what, and what must not pull in torch.
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q tests/test_imports.py
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/score.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

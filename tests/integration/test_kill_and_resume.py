@@ -1,0 +1,108 @@
+"""Killed at any moment, a rerun ends with the same numbers."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from launching import Finished, deepspeed_command, demo_overrides, finish, metrics_of, start
+
+
+def training(store: Path, output: Path, stage: int) -> list[str]:
+    return [
+        f"train.scores={store}", "train.method=prift_mass", "train.batch_size=8", "train.epochs=2",
+        "train.learning_rate=1e-3", "train.checkpoint_steps=5", f"train.output={output}",
+        f"train.deepspeed.zero_optimization.stage={stage}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_killed_training_resumes_to_the_same_bits(demo_store: Path, pipeline: Path, tmp_path: Path, stage: int):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = finish(deepspeed_command(2, *training(demo_store, whole, stage), pipeline=pipeline))
+    assert done.code == 0, done.output
+    assert len(metrics_of(whole)) == 24
+
+    command = deepspeed_command(2, *training(demo_store, killed, stage), pipeline=pipeline)
+    process = start(command)
+    wait_for(lambda: (killed / "checkpoints" / "step-0000010").is_dir(), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "model").exists()
+    resumed = finish(command)
+    assert resumed.code == 0, resumed.output
+    assert "resumed from" in resumed.output
+    assert metrics_of(killed) == metrics_of(whole)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (killed / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+    assert sorted(folder.name for folder in (killed / "checkpoints").iterdir()) == ["step-0000020", "step-0000024"]
+
+
+def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(
+    demo_store: Path, train_cases: Callable[..., Finished], pipeline: Path, tmp_path: Path
+):
+    case = training(demo_store, tmp_path / "run", 1)
+    done = train_cases([case, case])
+    assert done.code == 0, done.output
+    assert len(metrics_of(tmp_path / "run")) == 24
+    other = finish(deepspeed_command(1, *case, "train.learning_rate=2e-3", pipeline=pipeline))
+    assert other.code == 2
+    assert "train.learning_rate: 0.001 there, 0.002 now" in other.output
+    fewer = finish(deepspeed_command(2, *case, pipeline=pipeline))
+    assert fewer.code == 2
+    assert "was saved with world_size=1, this run has 2" in fewer.output
+    never = finish(deepspeed_command(1, *case, "train.resume=never", pipeline=pipeline))
+    assert never.code == 2
+    assert "holds a run already" in never.output
+
+
+KILL_AT_RENAME = """
+import os, pathlib, signal, sys
+renames, fatal = 0, int(sys.argv[1])
+replace = pathlib.Path.replace
+def dying_replace(self, target):
+    global renames
+    renames += str(target).endswith(".parquet")
+    if renames == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, target)
+pathlib.Path.replace = dying_replace
+sys.argv = ["prift-score", *sys.argv[2:]]
+from stage1_score.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("nth_shard", [1, 3])
+def test_scoring_killed_inside_a_write_loses_that_shard_only(
+    demo_store: Path, pipeline: Path, tmp_path: Path, nth_shard: int
+):
+    """The kill falls between the written temporary and its rename; what was renamed before stays."""
+    store = tmp_path / "store"
+    arguments = [str(pipeline), *demo_overrides(store)]
+    killed = finish([sys.executable, "-c", KILL_AT_RENAME, str(nth_shard), *arguments])
+    assert killed.code == -signal.SIGKILL, killed.output
+    assert len(list(store.glob("shard-*.parquet"))) == nth_shard - 1
+    assert list(store.glob(".tmp-*")), "the kill was meant to leave a half-made shard behind"
+    early = finish([sys.executable, "-m", "stage1_score.inspect_cli", "verify", str(store)])
+    assert early.code == 3
+    assert "unfinished" in early.output
+    rerun = finish([sys.executable, "-m", "stage1_score.cli", *arguments])
+    assert rerun.code == 0, rerun.output
+    assert f"{nth_shard - 1} of 3 shards done" in rerun.output
+    assert not list(store.glob(".tmp-*"))
+    ours, theirs = (pq.read_table(sorted(folder.glob("*.parquet"))) for folder in (store, demo_store))
+    assert ours.equals(theirs)
+
+
+def wait_for(condition: Callable[[], bool], process, seconds: float = 120.0) -> None:
+    """Wait until a condition holds while a process lives."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
