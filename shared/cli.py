@@ -10,7 +10,10 @@ from shared.errors import CheckFailed, UserError
 
 DONE, CRASHED, USER_MISTAKE, CHECK_FAILED = 0, 1, 2, 3
 
-_USER_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR}
+_USER_ERRNOS = {
+    errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST,
+}  # fmt: skip
 
 
 def exit_code_of(command: Callable[[], None], program: str) -> int:

@@ -3,9 +3,10 @@
 Every field states its meaning and unit; unknown keys are refused with the nearest known one.
 """
 
+from datetime import date
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from shared.rules import DEFAULT_COLUMNS, METHODS, RULE_PARAMETERS, Column, Source
 
@@ -66,7 +67,7 @@ class DataConfig(_Strict):
     `auto`: `chat` for messages, `chat_prompt` for prompts where the tokenizer has a template, else `plain`."""
     template_arguments: dict[str, Any] = {}
     """Extra variables for the chat template, such as {enable_thinking: false}."""
-    template_date: str = Field(default="2024-07-26", pattern=r"^\d{4}-\d{2}-\d{2}$")
+    template_date: str = "2024-07-26"
     """The day that a chat template is told is today, so that the ids do not change overnight."""
     targets: Literal["completion", "last_turn", "all"] = "completion"
     """Which tokens are trained on: all assistant turns, the last one only, or every token but the first."""
@@ -76,6 +77,15 @@ class DataConfig(_Strict):
     """What happens to a longer row; truncation cuts on the right."""
     limit: int | None = Field(default=None, ge=1)
     """Only the first so many rows of the source."""
+
+    @field_validator("template_date")
+    @classmethod
+    def _is_a_day(cls, value: str) -> str:
+        try:
+            date.fromisoformat(value)
+        except ValueError:
+            raise ValueError(f"data.template_date={value!r}: expected a day such as 2024-07-26") from None
+        return value
 
 
 class PriorConfig(_Strict):
@@ -134,8 +144,8 @@ class WeightingConfig(_Strict):
     """prob_power, entropy: exponent."""
     min_prob: float | None = Field(default=None, gt=0, le=1)
     """prob_threshold, prob_above: smallest probability that is kept."""
-    max_prob: float | None = Field(default=None, gt=0, lt=1)
-    """infosft: probability from which on the weight is 0."""
+    max_prob: float | None = Field(default=None, gt=0.5, lt=1)
+    """infosft: probability from which on the weight is 0; above 0.5, where its logit is positive."""
     beta: float | None = Field(default=None, gt=0)
     """idft: temperature."""
     lo: float | None = Field(default=None, gt=0)
@@ -196,8 +206,11 @@ class TrainConfig(_Strict):
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay, on all parameters."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """AdamW's decay of the mean of gradients."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    """AdamW's decay of the mean of squared gradients."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
+    """AdamW's addend to the denominator."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0 does not clip."""
     gradient_checkpointing: bool = False
@@ -225,6 +238,9 @@ class TrainConfig(_Strict):
         for name, default in RULE_PARAMETERS[rule].items() if rule else ():
             if default is None and name not in given:
                 raise ValueError(f"rule {rule} has no default for train.weighting.{name}: give it")
+        lo, hi = self.weighting.lo or 0.1, self.weighting.hi or 2.0
+        if rule == "idft" and lo > hi:
+            raise ValueError(f"train.weighting.lo={lo} is above train.weighting.hi={hi}")
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,11 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
+# A day stays text: 2024-07-26 is what data.template_date wants.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 _Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.construct_sequence)
 
 
@@ -47,6 +52,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = _read_yaml(Path(path))
     runs = tree.pop("runs", None) or {}
+    if not isinstance(runs, dict) or not all(isinstance(run, dict | None) for run in runs.values()):
+        raise UserError(f"{path}: runs: expected names, each with a mapping of keys to values")
     pairs = [_split(override) for override in overrides]
     names = [value for key, value in pairs if key == "run"]
     for name in names[-1:]:
@@ -76,7 +83,9 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        loader = _Loader(path.read_text(encoding="utf-8"))
+        loader.name = str(path)
+        tree = loader.get_single_data()
     except FileNotFoundError:
         raise UserError(f"{path}: no such pipeline file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -113,6 +113,7 @@ def load_causal_lm(files: PretrainedFiles, dtype: Any) -> Any:
     Raises:
         UserError: it cannot be loaded, or needs code that is not trusted.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -121,7 +122,7 @@ def load_causal_lm(files: PretrainedFiles, dtype: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=dtype, use_safetensors=True, trust_remote_code=files.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{files.name}: the model cannot be loaded: {_first_line(error)}") from error
 
 

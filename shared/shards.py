@@ -114,6 +114,7 @@ def read_footer(path: Path, manifest: Manifest, index: int) -> Shard:
     try:
         with pq.ParquetFile(path) as file:
             content, num_rows = (file.schema_arrow.metadata or {}).get(_FOOTER_KEY), file.metadata.num_rows
+            columns = file.schema_arrow.names
         footer = json.loads(content or b"{}")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a whole Parquet file ({_first_line(error)}); remove it and score again") from None
@@ -121,6 +122,9 @@ def read_footer(path: Path, manifest: Manifest, index: int) -> Shard:
     for name, value in expected.items():
         if footer.get(name) != value:
             raise UserError(f"{path}: its footer says {name}={footer.get(name)!r}, expected {value!r}")
+    planned = ["row_id", "source_index", "input_ids", *manifest.identity.columns]
+    if columns != planned:
+        raise UserError(f"{path}: expected the columns {planned}, found {columns}; remove it and score again")
     return Shard(path, index, num_rows, footer["num_tokens"], footer["num_targets"], footer["digest"])
 
 

@@ -80,15 +80,15 @@ def statistics_in_chunks(
         hidden_ND: hidden states that predict the targets, in the model's dtype.
         targets_N: int64 token ids.
         columns: as for `token_statistics`.
-        logits_of: the head: (n, D) to float32 logits (n, V).
+        logits_of: the head: (n, D) to logits (n, V), float32, or float64 of float64 hidden states.
         vocab_size: V.
         max_logits_bytes: no logits tensor is larger, unless a single row is. The statistics themselves hold up
             to four more tensors of that size at a time.
 
     Returns:
-        As `token_statistics`, float32.
+        As `token_statistics`, in the dtype of the logits.
     """
-    rows = max(1, max_logits_bytes // (4 * vocab_size))
+    rows = max(1, max_logits_bytes // (max(4, hidden_ND.element_size()) * vocab_size))
     starts = range(0, max(1, len(targets_N)), rows)
     parts = [
         token_statistics(logits_of(hidden_ND[start : start + rows]), targets_N[start : start + rows], columns)

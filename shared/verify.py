@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from shared.errors import UserError
 from shared.score_store import Manifest, read_manifest
-from shared.shards import FlatColumn, Shard, flatten, open_store, read_batches
+from shared.shards import FlatColumn, Shard, dropped_path, flatten, open_store, read_batches
 
 _RANGES = {
     "logprob": (-np.inf, 0.0),
@@ -47,6 +47,7 @@ def verify_store(store: Path, most_problems: int = 10) -> Verification:
         return Verification(0, 0, [str(error)])
     for shard in shards:
         try:
+            problems += _vanished_rows(shard, manifest)
             for table in read_batches(shard):
                 num_rows += table.num_rows
                 num_targets += int(flatten(table.column("logprob")).valid.sum())
@@ -78,10 +79,22 @@ def row_problems(table: pa.Table, manifest: Manifest, shard: Shard) -> list[str]
         low, high = _RANGES[name]
         bad = flat.valid & ~(np.isfinite(flat.values) & (flat.values >= low) & (flat.values <= high))
         found.append((f"{name} is not finite or outside [{low:g}, {high:g}]", _rows_of(flat, bad)))
-        found.append((f"{name} and logprob are scored at other positions", _rows_of(flat, flat.valid != first.valid)))
+        if len(first.valid) == len(flat.valid):
+            moved = _rows_of(flat, flat.valid != first.valid)
+            found.append((f"{name} and logprob are scored at other positions", moved))
     if np.array_equal(first.lengths, ids.lengths):
         found += [("token 0 is a target", _first_is_target(first)), ("no target", ~_rows_of(first, first.valid))]
     return list(_described(found, row_ids, indices, shard))
+
+
+def _vanished_rows(shard: Shard, manifest: Manifest) -> list[str]:
+    """Every source row is either in the shard or listed beside it with the reason."""
+    listed = dropped_path(shard.path.parent, shard.index)
+    num_dropped = len(listed.read_text(encoding="utf-8").splitlines()) if listed.is_file() else 0
+    num_planned = len(manifest.source.rows_of_shard(shard.index))
+    if shard.num_rows + num_dropped == num_planned:
+        return []
+    return [f"{shard.path}: {shard.num_rows} rows and {num_dropped} dropped ones are not the {num_planned} planned"]
 
 
 def _described(

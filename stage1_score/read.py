@@ -7,8 +7,9 @@ import glob
 import gzip
 import hashlib
 import json
+import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
@@ -171,6 +172,8 @@ def read_file(path: Path, row_format: RowFormat, start: int, first_index: int) -
         row_id = None if row_format.id_column is None else row.get(row_format.id_column)
         if row_format.id_column is not None and (isinstance(row_id, bool) or not isinstance(row_id, str | int)):
             raise UserError(f"{place}: expected a string or number as {row_format.id_column!r}, got {_shown(row_id)}")
+        if isinstance(row_id, str) and not row_id.isascii() and not _is_encodable(row_id):
+            raise UserError(f"{place}: row id {_shown(row_id)} has half a surrogate pair")
         content_hash = sha256_of_json(vars(content))[:32] if row_id is None else ""
         yield Example(first_index + start + offset, place, content_hash if row_id is None else str(row_id), content)
 
@@ -185,7 +188,10 @@ def _parse_content(
         messages = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in messages]
         if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
             raise UserError(f"{place}: expected messages with a role each, got {_shown(messages)}")
-        return Conversation(messages, row.get(columns.tools) or None)
+        tools = row.get(columns.tools) or None
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise UserError(f"{place}: expected a list of objects as {columns.tools!r}, got {_shown(tools)}")
+        return Conversation(messages, tools)
     if row_format.name == "prompt_completion":
         return PromptCompletion(*(_field(row, name, str, place) for name in (columns.prompt, columns.completion)))
     ids, mask = (_field(row, name, list, place) for name in (columns.input_ids, columns.target_mask))
@@ -209,7 +215,7 @@ def _raw_rows(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from _parquet_rows(path, start)
         return
     with _open_lines(path) as lines:
-        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        numbered = ((number, line) for number, line in enumerate(_whole(lines, path), 1) if line.strip())
         for number, line in islice(numbered, start, None):
             try:
                 row = json.loads(line)
@@ -231,7 +237,7 @@ def _parquet_rows(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]
                     rows = file.read_row_group(group).slice(skipped).to_pylist()
                     yield from enumerate(rows, number + skipped + 1)
                 number += size
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
@@ -243,7 +249,15 @@ def _count_rows(path: Path) -> int:
     if path.suffix == ".parquet":
         return pq.read_metadata(path).num_rows
     with _open_lines(path) as lines:
-        return sum(1 for line in lines if line.strip())
+        return sum(1 for line in _whole(lines, path) if line.strip())
+
+
+def _whole(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """The lines of a file; a gzip file that is torn or damaged is the user's to mend."""
+    try:
+        yield from lines
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file: {error}") from None
 
 
 def _refuse_repeated_ids(source: Source, row_format: RowFormat, hashes: array) -> None:
@@ -258,6 +272,10 @@ def _refuse_repeated_ids(source: Source, row_format: RowFormat, hashes: array) -
                     f"{row_format.id_column!r} must be unique (data.columns.id names another column)"
                 )
             places[example.row_id] = example.place
+
+
+def _is_encodable(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _hash64(text: str) -> int:

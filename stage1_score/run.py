@@ -57,7 +57,7 @@ def run(config: Config, command: Sequence[str]) -> None:
     """
     plan = make_plan(config, command)
     if plan.missing:
-        engine = _load_engine(config, plan)
+        engine = load_engine(config, plan)
         tokens_per_second = score_shards(plan, engine)
         print(f"scored {tokens_per_second:,.0f} tokens/s")
     _summarise(plan.store)
@@ -83,7 +83,8 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
     if found is None:
         _preview(store, source, row_format, row_tokenizer, tokenizer, len(config.score.columns))
     probe_writable(store)
-    manifest = create_or_match(store, wanted, command)
+    # The store may name the files as another start saw them: read them where they are now.
+    manifest = create_or_match(store, wanted, command).model_copy(update={"source": source})
     remove_stale_temporaries(store)
     missing = [index for index in range(source.num_shards) if not _is_done(store, manifest, index)]
     print(f"{store}: {source.num_shards - len(missing)} of {source.num_shards} shards done, {len(missing)} to score")
@@ -93,12 +94,11 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
 def score_shards(plan: Plan, engine: Engine) -> float:
     """Score and write the missing shards; returns tokens per second, padding not counted."""
     source = plan.manifest.source
-    rows_seen = misfits = 0
+    misfits = 0
     with scoring_progress(sum(len(source.rows_of_shard(index)) for index in plan.missing)) as progress:
         for shard in _prefetched(lambda index: tokenize_shard(plan, index), plan.missing):
-            rows_seen += len(source.rows_of_shard(shard.index))
             misfits += sum(row.breaks_template for row in shard.dropped)
-            _refuse_misfits(misfits, rows_seen, shard.dropped)
+            _refuse_misfits(misfits, source.num_rows, shard.dropped)
             progress.add(len(shard.dropped), 0)
             rows = engine.score(shard.examples, progress.add)
             listed = [{"row_id": r.row_id, "source_index": r.source_index, "reason": r.reason} for r in shard.dropped]
@@ -220,7 +220,8 @@ def _engine(config: Config, found: Manifest | None) -> str:
     return found.identity.engine if found else "transformers"
 
 
-def _load_engine(config: Config, plan: Plan) -> Engine:
+def load_engine(config: Config, plan: Plan) -> Engine:
+    """Load the prior as the store's identity says."""
     from stage1_score.transformers_engine import TransformersEngine
 
     return TransformersEngine(plan.files, plan.manifest.identity, _device(config), config.score)

@@ -4,6 +4,7 @@ A conversation is rendered by the model's own template. Where its assistant turn
 row is dropped with the reason; a mask is never guessed.
 """
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -50,6 +51,11 @@ def choose_template(data: DataConfig, format_name: str, tokenizer: Any) -> str:
         UserError: the choice does not fit the format or the tokenizer.
     """
     if format_name == "tokens":
+        if data.template != "auto" or data.targets == "last_turn":
+            raise UserError(
+                f"the data holds tokens: data.template={data.template} and data.targets={data.targets} speak of text; "
+                "leave data.template=auto and data.targets=completion (or all)"
+            )
         return "tokens"
     has_chat = bool(tokenizer.chat_template)
     automatic = {"messages": "chat", "prompt_completion": "chat_prompt" if has_chat else "plain"}
@@ -79,6 +85,8 @@ class RowTokenizer:
         Raises:
             UserError: an id beyond the vocabulary, or a row that is too long where data.overlong=error.
         """
+        if not _is_unicode(example.content):
+            return DroppedRow(example.row_id, example.source_index, "text with half a surrogate pair", False)
         try:
             ids, is_target = self._ids_and_targets(example)
         except (_TemplateMisfit, TemplateError) as error:
@@ -145,7 +153,9 @@ class RowTokenizer:
         before = self._render(messages[:index], tools, True)
         through = self._render(messages[: index + 1], tools, False)
         end = next((i + 1 for i in reversed(range(len(through))) if through[i] in self._stop_ids), 0)
-        if end <= len(before):
+        # What follows the stop token may be a newline of the template; text there means that the stop token stood
+        # inside the turn, and none ends it.
+        if end <= len(before) or self._tokenizer.decode(through[end:]).strip():
             raise _TemplateMisfit(f"the assistant turn {index} does not end on a stop token")
         if ids[: len(before)] != before or ids[:end] != through[:end]:
             raise _TemplateMisfit(f"the conversation up to message {index} is not rendered as a prefix of the whole")
@@ -165,6 +175,17 @@ class RowTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def _is_unicode(content: Conversation | PromptCompletion | TokenIds) -> bool:
+    """JSON may hold half a surrogate pair, which is no text that a tokenizer takes."""
+    if isinstance(content, TokenIds):
+        return True
+    try:
+        json.dumps(vars(content), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _prompt_and_completion(content: Conversation | PromptCompletion | TokenIds) -> tuple[list[dict[str, Any]], str]:

@@ -1,0 +1,145 @@
+"""The config tree: strict, frozen, described, and what it refuses."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from shared.config import Config, ScoreConfig, TrainConfig, WeightingConfig
+from shared.rules import METHODS, RULE_PARAMETERS
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def models(model: type[BaseModel] = Config) -> Iterator[type[BaseModel]]:
+    """Every section of the tree."""
+    yield model
+    for field in model.model_fields.values():
+        if is_section(field.annotation):
+            yield from models(field.annotation)  # pyright: ignore[reportArgumentType]
+
+
+def refusal(tree: dict[str, Any]) -> str:
+    with pytest.raises(ValidationError) as refused:
+        Config.model_validate(tree)
+    return str(refused.value)
+
+
+def test_every_field_is_described():
+    # A section is described by the docstring of its own class.
+    assert all(model.__doc__ for model in models())
+    bare = [
+        f"{model.__name__}.{name}"
+        for model in models()
+        for name, field in model.model_fields.items()
+        if not (field.description or is_section(field.annotation))
+    ]
+    assert bare == []
+
+
+def test_sections_are_strict_and_frozen():
+    assert len(list(models())) == 7
+    for model in models():
+        with pytest.raises(ValidationError, match="Extra inputs"):
+            model.model_validate({"no_such_key": 1})
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(model(), next(iter(model.model_fields)), None)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("data", "max_length", 1), ("data", "max_length", "512"), ("data", "max_length", 512.0), ("data", "limit", 0),
+        ("data", "format", "csv"), ("data", "template_date", "yesterday"), ("data", "overlong", "cut"),
+        ("prior", "dtype", "int8"), ("prior", "trust_remote_code", "yes"), ("score", "batch_tokens", 0),
+        ("score", "shard_rows", 0), ("score", "columns", ("mass_rank",)), ("score", "columns", ("logprob", "logprob")),
+        ("score", "columns", ("logprob", "rank")), ("train", "learning_rate", 0.0), ("train", "warmup_ratio", 1.0),
+        ("train", "batch_size", True), ("train", "method", "prift"), ("train", "normalize_by", "tokens"),
+    ],
+)  # fmt: skip
+def test_values_out_of_bounds_are_refused(section: str, key: str, value: Any):
+    assert key in refusal({section: {key: value}})
+
+
+def test_an_impossible_template_date_is_refused():
+    assert "template_date" in refusal({"data": {"template_date": "2024-02-31"}})
+
+
+def test_optional_columns_are_accepted():
+    columns = ("logprob", "mass_rank", "entropy", "entropy_top20", "collision")
+    assert ScoreConfig(columns=columns).columns == columns
+
+
+@pytest.mark.parametrize("rule", sorted(RULE_PARAMETERS))
+def test_a_rule_takes_its_own_parameters_only(rule: str):
+    values = {"threshold": 0.5, "alpha": 1.5, "min_prob": 0.2, "max_prob": 0.9, "beta": 1.0, "lo": 0.1, "hi": 2.0}
+    needed = {name: values[name] for name, default in RULE_PARAMETERS[rule].items() if default is None}
+    for name, value in values.items():
+        tree = {"train": {"weighting": {"rule": rule, **needed, name: value}}}
+        if name in RULE_PARAMETERS[rule]:
+            assert getattr(Config.model_validate(tree).train.weighting, name) == value
+        else:
+            message = refusal(tree)
+            assert f"train.weighting.{name}={value}" in message
+            assert f"rule {rule}" in message
+
+
+@pytest.mark.parametrize(("rule", "parameter"), [("prob_power", "alpha"), ("prob_above", "min_prob")])
+def test_a_parameter_without_default_must_be_given(rule: str, parameter: str):
+    assert f"rule {rule} has no default for train.weighting.{parameter}" in refusal(
+        {"train": {"weighting": {"rule": rule}}}
+    )
+
+
+def test_a_parameter_without_a_rule_is_refused():
+    assert "train.weighting.threshold=0.5" in refusal({"train": {"weighting": {"threshold": 0.5}}})
+
+
+@pytest.mark.parametrize(
+    "bad", [{"threshold": 0.0}, {"threshold": 1.1}, {"floor": -0.1}, {"floor": 1.1}, {"stop_token_weight": -1.0}]
+)
+def test_bounds_of_weighting(bad: dict[str, float]):
+    assert next(iter(bad)) in refusal({"train": {"weighting": {"rule": "mass", **bad}}})
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_method_and_weighting_may_agree_but_not_contradict(method: str):
+    rule, source = METHODS[method]
+    agreeing = TrainConfig(method=method, weighting=WeightingConfig(rule=rule, source=source))  # pyright: ignore
+    assert agreeing.rule_and_source() == (rule, source)
+    other = "online" if source == "prior" else "prior"
+    message = refusal({"train": {"method": method, "weighting": {"source": other}}})
+    assert f"train.method={method} means source {source}" in message
+    assert f"train.weighting.source={other}" in message
+    message = refusal({"train": {"method": method, "weighting": {"rule": "chord"}}})
+    assert "train.weighting.rule=chord" in message
+
+
+def test_the_source_defaults_to_the_prior():
+    assert TrainConfig(weighting=WeightingConfig(rule="chord")).rule_and_source() == ("chord", "prior")
+
+
+def test_micro_batch_normalisation_needs_its_size():
+    assert "train.micro_batch_examples" in refusal({"train": {"normalize_by": "micro_batch"}})
+    Config.model_validate({"train": {"normalize_by": "micro_batch", "micro_batch_examples": 4}})
+
+
+@pytest.mark.parametrize(
+    ("key", "instead"),
+    [("train_batch_size", "train.batch_size"), ("gradient_clipping", "train.gradient_clipping"),
+     ("optimizer", "train.learning_rate"), ("bf16", "train.dtype")],
+)  # fmt: skip
+def test_deepspeed_keys_of_the_trainer_are_refused(key: str, instead: str):
+    message = refusal({"train": {"deepspeed": {key: 1}}})
+    assert f"train.deepspeed.{key}" in message
+    assert instead in message
+
+
+def test_zero_stage():
+    assert TrainConfig().zero_stage() == 1
+    assert TrainConfig(deepspeed={"zero_optimization": {"stage": 3}}).zero_stage() == 3
+    for stage in (4, -1, "3"):
+        assert "must be 0, 1, 2 or 3" in refusal({"train": {"deepspeed": {"zero_optimization": {"stage": stage}}}})

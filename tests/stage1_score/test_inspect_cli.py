@@ -1,0 +1,61 @@
+"""`prift-inspect`."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from shared.shards import shard_path
+
+
+@pytest.fixture
+def store(tmp_path: Path, manifest_with, scored_row, store_of) -> Path:
+    return store_of(tmp_path / "store", manifest_with(4, 2), [scored_row(index) for index in range(4)])
+
+
+def test_a_sound_store_verifies(prift_inspect, store: Path):
+    outcome = prift_inspect("verify", store)
+    assert outcome.code == 0
+    assert outcome.stdout == f"{store}: 4 rows, 12 targets, all pages and invariants hold\n"
+
+
+def test_a_flipped_byte_is_exit_3(prift_inspect, store: Path):
+    path = shard_path(store, 1)
+    with pq.ParquetFile(path) as file:
+        chunk = file.metadata.row_group(0).column(3)
+    content = bytearray(path.read_bytes())
+    # The last byte of a column chunk is data of its last page.
+    content[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    path.write_bytes(content)
+    outcome = prift_inspect("verify", store)
+    assert outcome.code == 3
+    assert outcome.stdout == ""
+    assert outcome.stderr.splitlines()[0] == f"prift-inspect: {store} does not hold:"
+    assert "shard-00001.parquet: a page is corrupted" in outcome.stderr
+
+
+def test_an_unfinished_store_is_exit_3(prift_inspect, store: Path):
+    shard_path(store, 1).unlink()
+    outcome = prift_inspect("verify", store)
+    assert outcome.code == 3
+    assert "is unfinished: 1 of 2 shards are missing" in outcome.stderr
+
+
+def test_no_store_is_exit_2(prift_inspect, tmp_path: Path):
+    outcome = prift_inspect("verify", tmp_path / "nowhere")
+    assert outcome.code == 2
+    assert "expected a score store" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_another_schema_version_is_exit_2(prift_inspect, store: Path):
+    path = store / "store.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 7'))
+    outcome = prift_inspect("verify", store)
+    assert outcome.code == 2
+    assert "expected schema version 1, found 7" in outcome.stderr
+
+
+def test_an_unknown_verb_is_exit_2(prift_inspect):
+    assert prift_inspect("frobnicate").code == 2
+    assert prift_inspect().code == 2
