@@ -1,0 +1,29 @@
+"""Metrics on disk."""
+
+import json
+from pathlib import Path
+
+from stage2_train.metrics import StepMetrics, TrainingProgress, append_line, cut_after
+
+
+def test_lines_after_the_checkpoint_are_cut_and_so_is_a_torn_one(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    for step in range(1, 6):
+        append_line(path, {"step": step})
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    cut_after(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    cut_after(path, 0)
+    assert path.read_text() == ""
+    cut_after(tmp_path / "absent.jsonl", 3)
+    assert not (tmp_path / "absent.jsonl").exists()
+
+
+def test_only_the_writer_writes(tmp_path: Path, capsys):
+    metrics = StepMetrics(1, 0.5, 2.0, 0.25, 0.75, 1.5, 1e-4, 100, 1234.0)
+    TrainingProgress(tmp_path, 1, 1, is_writer=False).record(metrics)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    TrainingProgress(tmp_path, 1, 1, is_writer=True).record(metrics)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["weight_zero_fraction"] == 0.75
+    assert "75% zero" in capsys.readouterr().out

@@ -1,0 +1,44 @@
+"""Warnings and refusals around weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shared.errors import UserError
+from shared.weighting import Weighting
+from stage2_train.cache import open_cache
+from stage2_train.preflight import refuse_misaligned, stop_token_warning, stored_logprobs
+
+
+def test_the_model_must_agree_row_by_row(scored_store: Path, tmp_path: Path):
+    cache = open_cache(scored_store, (), tmp_path)
+    refuse_misaligned(cache, [3, 4], [0.009, 0.0], "float32", "model")
+    refuse_misaligned(cache, [3, 4], [0.49, 0.0], "bfloat16", "model")
+    row_id = cache.stored_rows([4], ["row_id"])[0]["row_id"]
+    for bad in (0.02, float("nan")):
+        with pytest.raises(UserError, match=rf"row '{row_id}'.*belong to other tokens"):
+            refuse_misaligned(cache, [3, 4], [0.0, bad], "float32", "model")
+
+
+def test_stored_logprobs_are_those_of_the_targets(scored_store: Path, tmp_path: Path):
+    cache = open_cache(scored_store, ("logprob",), tmp_path)
+    for stored, index in zip(stored_logprobs(cache, [7, 1]), (7, 1), strict=True):
+        assert np.array_equal(stored, cache.row(index).statistics["logprob"])
+
+
+def test_stop_tokens_without_support_are_told_of(scored_store: Path, tmp_path: Path):
+    """The warning follows the weights that the rule gives to the stop tokens of this very store."""
+    cache = open_cache(scored_store, ("logprob",), tmp_path)
+    (eos,) = cache.manifest.stop_token_ids
+    prob = Weighting("prob", "prior", {}, None, None)
+    assert stop_token_warning(cache, prob) is None, "the demo's prior knows where a text ends"
+    # A prior that does not.
+    cache.columns["logprob"] = np.where(cache.target_ids(10**6) == eos, -8.0, cache.columns["logprob"])
+    warning = stop_token_warning(cache, prob)
+    assert warning is not None
+    assert "mean weight of 0.0003" in warning
+    assert "stop_token_weight=1" in warning
+    assert stop_token_warning(cache, Weighting("prob", "prior", {}, None, 1.0)) is None
+    assert stop_token_warning(cache, Weighting("prob", "online", {}, None, None)) is None
+    assert stop_token_warning(cache, Weighting("sft", "prior", {}, None, None)) is None
