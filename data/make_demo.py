@@ -37,6 +37,8 @@ def make_data_files() -> dict[str, bytes]:
     train = [_draw_new_row(rng, seen, f"train-{i:04}", FLAW_CYCLE[i % 10]) for i in range(NUM_TRAIN)]
     for row in train:
         del row["answer"]
+    # From a sequence of their own, which no choice of data or settings has looked at.
+    rng = random.Random(f"{SEED} heldout")
     heldout = [_draw_new_row(rng, seen, f"heldout-{i:04}", None) for i in range(NUM_HELDOUT)]
     rng = random.Random(f"{SEED} prior text")
     texts = [{"id": f"prior-{i:04}", "prompt": "", "completion": write_prior_text(rng)} for i in range(NUM_PRIOR_TEXTS)]

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 # Prompts in, what the model writes after each of them out, in the same order.
 Generate = Callable[[Sequence[str]], Sequence[str]]
@@ -90,12 +89,13 @@ def wilson_interval(num_correct: int, num_problems: int) -> tuple[float, float]:
 def load_generate(model_dir: Path, max_new_tokens: int, batch_size: int) -> Generate:
     """Greedy decoding by the model in `model_dir`, on the GPU where there is one."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from shared.pretrained import find_pretrained, load_causal_lm, load_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=False, use_safetensors=True)
-    model = model.to(device).eval()
+    files = find_pretrained(str(model_dir))
+    tokenizer = load_tokenizer(files)
+    model = load_causal_lm(files, "auto").to(device).eval()
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     bos_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
 

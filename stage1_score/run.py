@@ -80,6 +80,11 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
     stop_ids = frozenset(wanted.stop_token_ids)
     row_tokenizer = RowTokenizer(tokenizer, config.data, template, stop_ids, wanted.vocab_size)
     print(f"data: {row_format.name} rows, template {template}, targets {config.data.targets}")
+    positions = files.config().get("max_position_embeddings")
+    if positions and config.data.max_length > positions:
+        print(
+            f"note: data.max_length={config.data.max_length} is more than the {positions} positions the prior was made for"
+        )
     if found is None:
         _preview(store, source, row_format, row_tokenizer, tokenizer, len(config.score.columns))
     probe_writable(store)
