@@ -80,11 +80,7 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
     stop_ids = frozenset(wanted.stop_token_ids)
     row_tokenizer = RowTokenizer(tokenizer, config.data, template, stop_ids, wanted.vocab_size)
     print(f"data: {row_format.name} rows, template {template}, targets {config.data.targets}")
-    positions = files.config().get("max_position_embeddings")
-    if positions and config.data.max_length > positions:
-        print(
-            f"note: data.max_length={config.data.max_length} is more than the {positions} positions the prior was made for"
-        )
+    _note_positions(files, config.data.max_length)
     if found is None:
         _preview(store, source, row_format, row_tokenizer, tokenizer, len(config.score.columns))
     probe_writable(store)
@@ -180,6 +176,12 @@ def _preview(
     parent = next(folder for folder in [store, *store.resolve().parents] if folder.is_dir())
     if num_bytes > shutil.disk_usage(parent).free:
         raise UserError(f"{store}: about {num_bytes / 1e6:,.0f} MB are needed, more than the disk has free")
+
+
+def _note_positions(files: PretrainedFiles, max_length: int) -> None:
+    positions = files.config().get("max_position_embeddings")
+    if positions and max_length > positions:
+        print(f"note: data.max_length={max_length} is more than the {positions} positions the prior was made for")
 
 
 def _refuse_misfits(num_misfits: int, num_rows: int, dropped: Sequence[DroppedRow]) -> None:
