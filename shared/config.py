@@ -3,6 +3,7 @@
 Every field states its meaning and unit; unknown keys are refused with the nearest known one.
 """
 
+import difflib
 from datetime import date
 from typing import Any, Literal, Self
 
@@ -28,6 +29,15 @@ DEEPSPEED_KEYS_OF_TRAIN = {
     "fp16": "train.dtype (float16 training is not offered)",
 }
 """DeepSpeed keys that the trainer writes itself, and what to set instead."""
+
+
+DEEPSPEED_KEYS_OF_THE_USER = (
+    "activation_checkpointing", "aio", "checkpoint", "comms_logger", "communication_data_type", "csv_monitor",
+    "data_types", "dump_state", "flops_profiler", "gradient_predivide_factor", "memory_breakdown",
+    "prescale_gradients", "steps_per_print", "tensorboard", "torch_autocast", "wall_clock_breakdown", "wandb",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+)  # fmt: skip
+"""Sections of DeepSpeed's config that `train.deepspeed` may hold. DeepSpeed itself ignores a misspelt one."""
 
 
 class _Strict(BaseModel):
@@ -253,6 +263,9 @@ class TrainConfig(_Strict):
             raise ValueError(
                 f"train.deepspeed.{key} is written by the trainer; set {DEEPSPEED_KEYS_OF_TRAIN[key]} instead"
             )
+        for key in self.deepspeed.keys() - set(DEEPSPEED_KEYS_OF_THE_USER):
+            near = difflib.get_close_matches(key, DEEPSPEED_KEYS_OF_THE_USER, n=1, cutoff=0.0)[0]
+            raise ValueError(f"unknown key train.deepspeed.{key}; the nearest known one is train.deepspeed.{near}")
         stage = self.zero_stage()
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"train.deepspeed.zero_optimization.stage must be 0, 1, 2 or 3; got {stage!r}")

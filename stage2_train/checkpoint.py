@@ -27,6 +27,17 @@ _NAME = re.compile(r"step-(\d{7})")
 class _SafeCheckpointEngine(TorchCheckpointEngine):
     """Loads tensors and the three classes that DeepSpeed itself saves; anything else is refused, not run."""
 
+    def save(self, state_dict: Any, path: str) -> None:
+        try:
+            super().save(state_dict, path)
+        except RuntimeError as error:
+            # A full disk reaches torch's writer as this, without an errno.
+            if "write" not in str(error).lower():
+                raise
+            raise UserError(
+                f"{path}: the checkpoint cannot be written ({error}); older ones are as they were"
+            ) from None
+
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
             return torch.load(path, map_location=map_location, weights_only=True)
@@ -50,10 +61,11 @@ def save_checkpoint(engine: Any, run: Path, step: int, state: dict[str, Any], ba
         barrier: waits for all ranks.
     """
     folder = checkpoint_folder(run, step)
-    # One name for all ranks, whichever host they are on; what a killed run left there is removed first.
+    # One name for all ranks, whichever host they are on; what a killed run left behind is removed first.
     temporary = folder.with_name(f".saving-{folder.name}")
     if engine.global_rank == 0:
-        remove(temporary)
+        for unfinished in folder.parent.glob(".saving-*"):
+            remove(unfinished)
         remove(folder)
         temporary.mkdir(parents=True)
     barrier()

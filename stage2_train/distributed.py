@@ -1,6 +1,7 @@
 """Processes, devices and the few collectives that training needs."""
 
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -40,22 +41,26 @@ def _ranks_on_this_node() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
-def meet() -> World:
-    """Join the other processes of the run; alone, where no launcher set an environment.
+def choose_accelerator() -> None:
+    """Tell DeepSpeed where it runs; must come before anything that imports it, transformers included."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-    Must be called before anything else of DeepSpeed: without CUDA it is told so, and kept from compiling its
-    shared-memory collectives, which takes a C++ compiler and the better part of a minute.
-    """
+
+def meet() -> World:
+    """Join the other processes of the run; alone, where no launcher set an environment."""
     for name, value in _DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     on_cuda = torch.cuda.is_available()
-    if not on_cuda:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
     if not on_cuda:
+        # Its shared-memory collectives would be compiled now: that takes a C++ compiler and most of a minute.
         __compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls collectives by the names that torch 2.13 is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:

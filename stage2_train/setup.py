@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 
 from shared.config import Config, TrainConfig
 from shared.errors import UserError
@@ -99,6 +100,7 @@ def build_engine(job: Job, world: World, online_columns: tuple[str, ...]) -> tup
     dtype = resolve_dtype(config)
     hidden_size = int(job.files.config().get("hidden_size", 1024))
     ds_config = build_deepspeed_config(config, dtype, world.size, hidden_size)
+    _refuse_unknown_keys(ds_config)
     # Kept alive while the model loads: with it transformers partitions the weights as it reads them.
     partitioner = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     model = load_causal_lm(job.files, getattr(torch, dtype))
@@ -117,6 +119,20 @@ def build_engine(job: Job, world: World, online_columns: tuple[str, ...]) -> tup
     probe = torch.arange(8, device=world.device).remainder(vocab_rows(model))[None]
     refuse_unknown_head(model, float(head_difference(model, probe)))
     return engine, model
+
+
+def _refuse_unknown_keys(ds_config: dict[str, Any]) -> None:
+    """Let DeepSpeed look at its config before anything is loaded."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        DeepSpeedConfig(ds_config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"train.deepspeed: {error.title}: {key}: {first['msg'].lower()}") from None
+    except (DeepSpeedConfigError, ValueError) as error:
+        raise UserError(f"train.deepspeed: {error}") from None
 
 
 def resolve_dtype(config: TrainConfig) -> str:

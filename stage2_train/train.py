@@ -31,11 +31,12 @@ def train(pipeline: str, overrides: list[str]) -> None:
     from shared.load_config import load_config
 
     config = load_config(pipeline, overrides)
+    from stage2_train.distributed import choose_accelerator, meet
+
+    choose_accelerator()
     from stage2_train.setup import prepare
 
     job = prepare(config)
-    from stage2_train.distributed import meet
-
     world = meet()
     from stage2_train.announce import announce
     from stage2_train.trainer import Trainer

@@ -60,6 +60,23 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(
     assert "holds a run already" in never.output
 
 
+def test_a_full_disk_ends_the_run_with_one_line_and_a_rerun_goes_on(demo_store: Path, pipeline: Path, tmp_path: Path):
+    """A limit on the size of a file stands in for the full disk."""
+    run = tmp_path / "run"
+    first = [*training(demo_store, run, 1), "train.epochs=1"]
+    train = [sys.executable, "stage2_train/train.py", str(pipeline)]
+    limited = ["bash", "-c", 'ulimit -f 2000; exec "$@"', "limited", *train, *first]
+    full = finish(limited)
+    assert full.code == 2, full.output
+    assert "the checkpoint cannot be written" in full.output
+    assert "Traceback" not in full.output
+    assert not (run / "checkpoints" / "step-0000005").exists()
+    done = finish([*train, *first])
+    assert done.code == 0, done.output
+    assert [line["step"] for line in metrics_of(run)] == list(range(1, 13))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-0000010", "step-0000012"]
+
+
 KILL_AT_RENAME = """
 import os, pathlib, signal, sys
 renames, fatal = 0, int(sys.argv[1])

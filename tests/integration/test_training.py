@@ -180,6 +180,10 @@ BAD_INPUT = {
     "batch too large": (["train.batch_size=1000"], "the store has 32 rows"),
     "a checkpoint that is none": (["train.resume=/nowhere"], "expected a checkpoint"),
     "a DeepSpeed key of ours": (["train.deepspeed.gradient_clipping=1"], "set train.gradient_clipping instead"),
+    "a misspelt DeepSpeed key": (
+        ["train.deepspeed.zero_optimzation.stage=3"],
+        "nearest known one is train.deepspeed.zero_optimization",
+    ),
     "another model": (["train.model=/nowhere/model"], "neither a folder nor a model that the hub gives"),
 }
 
@@ -203,9 +207,17 @@ def test_bad_input_is_one_clear_line(
 
 
 def test_the_launcher_passes_the_exit_code_on(small_store: Path, pipeline: Path, tmp_path: Path):
-    done = finish(deepspeed_command(2, f"train.scores={small_store}", "train.method=sfd", pipeline=pipeline))
-    assert done.code == 2
-    assert done.output.count("train.method='sfd'") == 1 + done.output.count("'train.method=sfd'") * 0
+    """One line from all ranks together, also for what DeepSpeed itself refuses after they met."""
+    overrides = [f"train.scores={small_store}", "train.method=sft", "train.batch_size=8", f"train.output={tmp_path}/r"]
+    for wrong, expected in (
+        ("train.method=sfd", "train.py: "),
+        ("train.deepspeed.zero_optimization.stge=1", "train.deepspeed: DeepSpeedZeroConfig: stge: extra inputs"),
+    ):
+        done = finish(deepspeed_command(2, *overrides, wrong, pipeline=pipeline))
+        assert done.code == 2, done.output
+        assert sum(line.startswith("train.py: ") for line in done.output.splitlines()) == 1
+        assert expected in done.output
+        assert "Traceback" not in done.output
 
 
 @pytest.fixture(scope="module")
