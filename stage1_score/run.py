@@ -15,9 +15,11 @@ from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer
 from shared.score_store import MANIFEST_NAME, DataFile, Manifest, Source, create_or_match, read_manifest
 from shared.shards import open_store, read_footer, shard_path, write_shard
 from stage1_score.engine import Engine
+from stage1_score.examples import Example, RowFormat
 from stage1_score.identity import build_manifest
 from stage1_score.progress import scoring_progress
-from stage1_score.read import Example, RowFormat, detect_format, expand_paths, read_rows, scan_source
+from stage1_score.raw_rows import expand_paths
+from stage1_score.read import detect_format, read_rows, scan_source
 from stage1_score.tokenization import DroppedRow, RowTokenizer, TokenizedExample, choose_template, marked_text
 
 _SAMPLE_ROWS = 2000

@@ -14,7 +14,7 @@ from jinja2 import TemplateError
 
 from shared.config import DataConfig
 from shared.errors import UserError
-from stage1_score.read import Conversation, Example, PromptCompletion, TokenIds
+from stage1_score.examples import Conversation, Example, PromptCompletion, TokenIds
 
 
 @dataclass(frozen=True)

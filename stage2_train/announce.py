@@ -1,7 +1,6 @@
 """What a run says before it begins: its arithmetic, and what its weights will do."""
 
 from stage2_train.distributed import World
-from stage2_train.plan import deal
 from stage2_train.preflight import stop_token_warning
 from stage2_train.setup import Job, resolve_dtype, write_config
 
@@ -11,10 +10,7 @@ def announce(job: Job, world: World) -> None:
     config, plan, cache = job.config, job.plan, job.cache
     write_config(job)
     rows = plan.rows_of_step(1)
-    dealt = deal(
-        cache.lengths[rows].tolist(), world.size, config.micro_batch_tokens, config.micro_batch_examples,
-        keep_groups=config.normalize_by == "micro_batch",
-    )  # fmt: skip
+    dealt = job.deal(rows, world.size)
     stage = config.zero_stage()
     num_tokens, num_targets = int(cache.lengths[rows].sum()), int(cache.num_targets[rows].sum())
     print(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from pydantic import ValidationError
@@ -20,7 +21,7 @@ from stage2_train.deepspeed_config import build_deepspeed_config
 from stage2_train.distributed import World
 from stage2_train.loss import WeightedLM
 from stage2_train.metrics import metrics_path
-from stage2_train.plan import Plan, make_plan
+from stage2_train.plan import MicroBatch, Plan, deal, make_plan
 from stage2_train.preflight import refuse_other_tokenizer, refuse_small_vocabulary
 
 _FREE_TO_CHANGE = {
@@ -44,6 +45,13 @@ class Job:
     starts_from_prior: bool
     checkpoint: Path | None
     """To resume from."""
+
+    def deal(self, rows: np.ndarray, world_size: int) -> list[list[MicroBatch]]:
+        """The micro-batches of a step, a list for each rank."""
+        return deal(
+            self.cache.lengths[rows].tolist(), world_size, self.config.micro_batch_tokens,
+            self.config.micro_batch_examples, keep_groups=self.config.normalize_by == "micro_batch",
+        )  # fmt: skip
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on from."""

@@ -26,7 +26,6 @@ from stage2_train.distributed import World
 from stage2_train.evaluate import evaluate
 from stage2_train.loss import Weigh
 from stage2_train.metrics import StepMetrics, TrainingProgress, append_line, cut_after, eval_path, metrics_path
-from stage2_train.plan import deal
 from stage2_train.preflight import refuse_misaligned, stored_logprobs
 from stage2_train.setup import Job, build_engine, resolve_dtype
 from stage2_train.weigh import StepWeigher, WeighedBatch
@@ -48,8 +47,9 @@ class Trainer:
         """Train to the last step, evaluate, and export the model; called by all ranks."""
         num_steps = self.job.plan.num_steps
         if self.world.rank == 0:
-            for path in (metrics_path(self.job.output), eval_path(self.job.output)):
-                cut_after(path, self.first_step - 1)
+            cut_after(metrics_path(self.job.output), self.first_step - 1)
+            # A run that starts over evaluates before its first step again.
+            cut_after(eval_path(self.job.output), self.first_step - 1 if self.job.checkpoint else -1)
         if self.first_step == 1:
             self._evaluate(0)
         progress = TrainingProgress(self.job.output, self.first_step, num_steps, self.world.rank == 0)
@@ -107,11 +107,7 @@ class Trainer:
 
     def _micro_batches(self, rows: np.ndarray) -> list[WeighedBatch]:
         """This rank's share of a step."""
-        config, cache = self.config, self.job.cache
-        dealt = deal(
-            cache.lengths[rows].tolist(), self.world.size, config.micro_batch_tokens, config.micro_batch_examples,
-            keep_groups=config.normalize_by == "micro_batch",
-        )  # fmt: skip
+        cache, dealt = self.job.cache, self.job.deal(rows, self.world.size)
         num_groups = sum(1 for rank in dealt for micro_batch in rank if micro_batch)
         stop_token_ids = cache.manifest.stop_token_ids
         batches = [

@@ -13,16 +13,9 @@ import pytest
 
 from shared.config import ColumnsConfig, DataConfig
 from shared.errors import UserError
-from stage1_score.read import (
-    Conversation,
-    Example,
-    PromptCompletion,
-    TokenIds,
-    detect_format,
-    expand_paths,
-    read_rows,
-    scan_source,
-)
+from stage1_score.examples import Conversation, Example, PromptCompletion, TokenIds
+from stage1_score.raw_rows import expand_paths
+from stage1_score.read import detect_format, read_rows, scan_source
 
 PAIRS = [{"id": f"r{n}", "prompt": f"question {n}", "completion": f"answer {n}"} for n in range(5)]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]

@@ -8,7 +8,7 @@ import pytest
 
 from shared.config import DataConfig
 from shared.errors import UserError
-from stage1_score.read import Conversation, Example, PromptCompletion, TokenIds
+from stage1_score.examples import Conversation, Example, PromptCompletion, TokenIds
 from stage1_score.tokenization import DroppedRow, RowTokenizer, TokenizedExample, choose_template, marked_text
 
 BOS, EOS, IM_START, IM_END, TH, THE = 256, 257, 258, 259, 260, 261

@@ -1,0 +1,94 @@
+"""From files to raw rows: JSONL, gzipped JSONL and Parquet."""
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shared.config import DataConfig
+from shared.errors import UserError
+
+
+def expand_paths(config: DataConfig) -> list[Path]:
+    """The data files in order: as listed, and each glob sorted.
+
+    Raises:
+        UserError: data.path is not given, or nothing is there.
+    """
+    if config.path is None:
+        raise UserError("expected data.path, the data to score; got none")
+    found: list[Path] = []
+    for pattern in [config.path] if isinstance(config.path, str) else config.path:
+        matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
+        files = [Path(match) for match in matches if Path(match).is_file()]
+        if not files:
+            raise UserError(f"data.path: {pattern}: no such file")
+        found += files
+    for path in found:
+        if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+            raise UserError(f"data.path: {path}: expected .jsonl, .jsonl.gz or .parquet")
+    return found
+
+
+def raw_rows(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line or row number from 1, row) of a file, from its row `start` on."""
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path, start)
+        return
+    with _open_lines(path) as lines:
+        numbered = ((number, line) for number, line in enumerate(_whole(lines, path), 1) if line.strip())
+        for number, line in islice(numbered, start, None):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: malformed JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: expected a JSON object, got {shown(row)}")
+            yield number, row
+
+
+def count_rows(path: Path) -> int:
+    if path.suffix == ".parquet":
+        return pq.read_metadata(path).num_rows
+    with _open_lines(path) as lines:
+        return sum(1 for line in _whole(lines, path) if line.strip())
+
+
+def _parquet_rows(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if number + size > start:
+                    skipped = max(start - number, 0)
+                    rows = file.read_row_group(group).slice(skipped).to_pylist()
+                    yield from enumerate(rows, number + skipped + 1)
+                number += size
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _open_lines(path: Path) -> AbstractContextManager[IO[bytes]]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # pyright: ignore[reportReturnType]
+
+
+def _whole(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """The lines of a file; a gzip file that is torn or damaged is the user's to mend."""
+    try:
+        yield from lines
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file: {error}") from None
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
