@@ -17,6 +17,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from shared.errors import UserError
+from shared.files import replacing
+
 # Prompts in, what the model writes after each of them out, in the same order.
 Generate = Callable[[Sequence[str]], Sequence[str]]
 
@@ -43,18 +46,18 @@ class Sample:
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """The problems of a JSONL file; raises ValueError for a line without the three fields."""
+    """The problems of a JSONL file; raises UserError for a line without the three fields."""
     problems = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             row = json.loads(line)
             problems.append(Problem(str(row["id"]), row["prompt"], int(row["answer"])))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} line {number}: expected id, prompt and a whole-number answer ({error!r})"
             ) from error
     if not problems:
-        raise ValueError(f"{path} holds no problems")
+        raise UserError(f"{path} holds no problems")
     return problems
 
 
@@ -140,9 +143,11 @@ def write_result(run_dir: Path, samples: Sequence[Sample], output_name: str) -> 
     num_correct = sum(sample.correct for sample in samples)
     result = {"exact_answers": num_correct / len(samples), "num_problems": len(samples)}
     output = run_dir / output_name
-    output.write_text(json.dumps(result) + "\n", encoding="utf-8")
     lines = (json.dumps(asdict(sample)) + "\n" for sample in samples)
-    output.with_name(f"{output.stem}_samples.jsonl").write_text("".join(lines), encoding="utf-8")
+    with replacing(output.with_name(f"{output.stem}_samples.jsonl")) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 def print_table(counts: Sequence[tuple[str, int, int]]) -> None:
@@ -163,6 +168,7 @@ def print_table(counts: Sequence[tuple[str, int, int]]) -> None:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.exact_answer",
         description="Share of problems answered exactly, by greedy decoding.",
@@ -180,22 +186,27 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_files(arguments: argparse.Namespace) -> None:
-    """Raises ValueError for the first path that is not there, before minutes go into the others."""
+    """Raises UserError for the first path that is not there, before minutes go into the others."""
     if not arguments.problems.is_file():
-        raise ValueError(f"no such file of problems: {arguments.problems}")
+        raise UserError(f"no such file of problems: {arguments.problems}")
     for model_dir in arguments.model_dirs:
         if not (model_dir / "config.json").is_file():
-            raise ValueError(f"no model in {model_dir}: expected {model_dir / 'config.json'}")
+            raise UserError(f"no model in {model_dir}: expected {model_dir / 'config.json'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code, see `shared/cli.py`."""
     arguments = parse_arguments(argv)
-    try:
-        check_files(arguments)
-        problems = read_problems(arguments.problems)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+    from shared.cli import exit_code_of
+
+    return exit_code_of(lambda: run(arguments), "exact_answer")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Evaluate every model, write its result beside it, and print the table."""
+    check_files(arguments)
+    problems = read_problems(arguments.problems)
     counts = []
     for model_dir in arguments.model_dirs:
         generate = load_generate(model_dir, arguments.max_new_tokens, arguments.batch_size)
@@ -204,7 +215,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if model_dir.absolute().name == "model":
             write_result(model_dir.absolute().parent, samples, arguments.output_name)
     print_table(counts)
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from shared.errors import CheckFailed, UserError
 
-DONE, CRASHED, USER_MISTAKE, CHECK_FAILED = 0, 1, 2, 3
+DONE, USER_MISTAKE, CHECK_FAILED, STOPPED = 0, 2, 3, 75
 
 _USER_ERRNOS = {
     errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EISDIR,
@@ -27,6 +27,8 @@ def exit_code_of(command: Callable[[], None], program: str) -> int:
         return _report(f"{program}: {error}", USER_MISTAKE)
     except CheckFailed as error:
         return _report(f"{program}: {error}", CHECK_FAILED)
+    except KeyboardInterrupt:
+        return _report(f"{program}: stopped; the same command goes on where this left off", STOPPED)
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             raise

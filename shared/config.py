@@ -210,7 +210,7 @@ class TrainConfig(_Strict):
     learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """After warm-up: half a cosine down to 0 at the last step, or constant."""
+    """After warm-up: half a cosine that would reach 0 one step after the last, or constant."""
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises linearly."""
     weight_decay: float = Field(default=0.01, ge=0)

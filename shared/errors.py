@@ -8,5 +8,10 @@ class UserError(ValueError):
     """
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says something; its type where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class CheckFailed(Exception):
     """A check that the user asked for did not hold: exit code 3."""

@@ -81,12 +81,6 @@ def remove_stale_temporaries(folder: Path) -> None:
                 remove(entry)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, all at once."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def create_json(path: Path, value: Any) -> bool:
     """Write a JSON file unless one is there; of several processes exactly one gets True.
 

@@ -19,6 +19,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"{node.start_mark.name}:{key_node.start_mark.line + 1}: a key must be a word")
             if key_node.value in seen:
                 raise UserError(f"{node.start_mark.name}:{key_node.start_mark.line + 1}: {key_node.value!r} twice")
             seen.add(key_node.value)
@@ -57,7 +59,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     pairs = [_split(override) for override in overrides]
     names = [value for key, value in pairs if key == "run"]
     for name in names[-1:]:
-        if name not in runs:
+        if not isinstance(name, str | int) or name not in runs:
             raise UserError(f"run={name}: {path} has no such run; it has {_listed(runs)}")
         for key, value in (runs[name] or {}).items():
             _assign(tree, key, value)

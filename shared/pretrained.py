@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.files import sha256_of_file, sha256_of_json
 
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
@@ -60,6 +60,11 @@ class PretrainedFiles:
         return sha256_of_json([[file.name, sha256_of_file(file)] for file in files if file.is_file()])
 
 
+def vocab_rows_of(config: dict[str, Any]) -> int:
+    """Rows of the softmax, as a config.json says."""
+    return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+
+
 def find_pretrained(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedFiles:
     """Find a model on the disk, or fetch it from the hub (offline settings of huggingface_hub are honoured).
 
@@ -68,7 +73,7 @@ def find_pretrained(name: str, revision: str | None = None, trust_remote_code: b
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder, revision = _fetch(name, revision)
+        folder, revision = _fetch(name, revision, [*_HUB_PATTERNS, "*.py"] if trust_remote_code else _HUB_PATTERNS)
     files = PretrainedFiles(name, revision, folder, trust_remote_code)
     if not (folder / "config.json").is_file():
         raise UserError(f"{name}: expected a model folder with config.json, found none")
@@ -81,12 +86,12 @@ def find_pretrained(name: str, revision: str | None = None, trust_remote_code: b
     return files
 
 
-def _fetch(name: str, revision: str | None) -> tuple[Path, str]:
+def _fetch(name: str, revision: str | None, patterns: list[str]) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{name}: neither a folder nor a model that the hub gives ({reason})") from None
@@ -104,7 +109,7 @@ def load_tokenizer(files: PretrainedFiles) -> Any:
     try:
         return AutoTokenizer.from_pretrained(files.folder, trust_remote_code=files.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{files.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{files.name}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def load_causal_lm(files: PretrainedFiles, dtype: Any) -> Any:
@@ -123,7 +128,7 @@ def load_causal_lm(files: PretrainedFiles, dtype: Any) -> Any:
             files.folder, dtype=dtype, use_safetensors=True, trust_remote_code=files.trust_remote_code
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{files.name}: the model cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{files.name}: the model cannot be loaded: {first_line(error)}") from error
 
 
 class TokenizerContent(BaseModel):
@@ -168,7 +173,3 @@ def stop_token_ids(files: PretrainedFiles, tokenizer: Any) -> list[int]:
 def text_digest(text: str | None) -> str | None:
     """sha256 of a text; None stays None."""
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

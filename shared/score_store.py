@@ -85,6 +85,7 @@ class Source(_Record):
 
     @property
     def num_shards(self) -> int:
+        """Shards planned from the rows."""
         return -(-self.num_rows // self.shard_rows)
 
     def rows_of_shard(self, index: int) -> range:

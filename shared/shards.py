@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.files import replacing
 from shared.score_store import Manifest, read_manifest
 
@@ -117,7 +117,7 @@ def read_footer(path: Path, manifest: Manifest, index: int) -> Shard:
             columns = file.schema_arrow.names
         footer = json.loads(content or b"{}")
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a whole Parquet file ({_first_line(error)}); remove it and score again") from None
+        raise UserError(f"{path}: not a whole Parquet file ({first_line(error)}); remove it and score again") from None
     expected = {"fingerprint": manifest.fingerprint, "shard": index, "num_rows": num_rows}
     for name, value in expected.items():
         if footer.get(name) != value:
@@ -163,9 +163,7 @@ def read_batches(shard: Shard, columns: Sequence[str] | None = None) -> Iterator
                     digest.update(table)
                 yield table
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{shard.path}: a page is corrupted ({_first_line(error)}); remove it and score again"
-        ) from None
+        raise UserError(f"{shard.path}: a page is corrupted ({first_line(error)}); remove it and score again") from None
     if digest is not None and digest.hexdigest() != shard.digest:
         raise UserError(
             f"{shard.path}: its values are not those that were scored (the digest differs): ids or columns were "
@@ -237,7 +235,3 @@ def _to_table(rows: Sequence[ScoredRow], columns: Sequence[str]) -> pa.Table:
             values[positions] = np.concatenate([row.statistics[name] for row in rows])
         arrays[name] = pa.ListArray.from_arrays(offsets, pa.array(values, pa.float32(), mask=no_target))
     return pa.table(arrays)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

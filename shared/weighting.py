@@ -29,10 +29,12 @@ class TargetStatistics:
 
     @property
     def logprob_N(self) -> Tensor:
+        """ln p, float32."""
         return self.columns["logprob"]
 
     @property
     def prob_N(self) -> Tensor:
+        """p, float32."""
         return self.columns["logprob"].exp()
 
 

@@ -53,6 +53,8 @@ class RowFormat:
     """messages, prompt_completion or tokens."""
     columns: ColumnsConfig
     id_column: str | None
+    vocab_size: int | None = None
+    """Ids of tokenised rows are below it."""
 
     def columns_read(self) -> dict[str, str | None]:
         """Names of the columns that are read, as recorded in the store."""
@@ -102,6 +104,10 @@ def _parse_content(
         raise UserError(f"{place}: {columns.input_ids} has {len(ids)} tokens, {columns.target_mask} has {len(mask)}")
     if not all(type(token) is int for token in ids) or not all(flag in (0, 1) for flag in mask):
         raise UserError(f"{place}: expected integers as {columns.input_ids} and 0 or 1 as {columns.target_mask}")
+    largest = row_format.vocab_size
+    if largest is not None and ids and not 0 <= min(ids) <= max(ids) < largest:
+        wrong = next(token for token in ids if not 0 <= token < largest)
+        raise UserError(f"{place}: token id {wrong} is outside the prior's vocabulary of {largest}")
     return TokenIds(ids, [bool(flag) for flag in mask])
 
 

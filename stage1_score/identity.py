@@ -5,7 +5,7 @@ from typing import Any
 
 from shared.config import Config
 from shared.files import sha256_of_json
-from shared.pretrained import PretrainedFiles, stop_token_ids, text_digest, tokenizer_content
+from shared.pretrained import PretrainedFiles, stop_token_ids, text_digest, tokenizer_content, vocab_rows_of
 from shared.score_store import SCHEMA_VERSION, Identity, Manifest, Source
 from shared.statistics import STATISTICS_VERSION
 
@@ -62,7 +62,7 @@ def build_manifest(
         source=source,
         prior_name=files.name,
         prior_revision=files.revision,
-        vocab_size=int(prior_config.get("vocab_size") or prior_config["text_config"]["vocab_size"]),
+        vocab_size=vocab_rows_of(prior_config),
         tokenizer=tokenizer_content(tokenizer),
         stop_token_ids=tuple(stop_token_ids(files, tokenizer)),
         user_row_ids=source.columns["id"] is not None,

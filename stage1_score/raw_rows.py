@@ -56,6 +56,7 @@ def raw_rows(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def count_rows(path: Path) -> int:
+    """Rows of a file, blank lines not counted."""
     if path.suffix == ".parquet":
         return pq.read_metadata(path).num_rows
     with _open_lines(path) as lines:
@@ -90,5 +91,6 @@ def _whole(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
 
 
 def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -19,8 +19,11 @@ from stage1_score.examples import Example, RowFormat, parse_row
 from stage1_score.raw_rows import count_rows, raw_rows
 
 
-def detect_format(paths: Sequence[Path], config: DataConfig) -> RowFormat:
+def detect_format(paths: Sequence[Path], config: DataConfig, vocab_size: int | None = None) -> RowFormat:
     """Settle the format from the first row.
+
+    Args:
+        vocab_size: ids of tokenised rows must be below it.
 
     Raises:
         UserError: there is no row, or its columns are none of the known ones.
@@ -43,7 +46,7 @@ def detect_format(paths: Sequence[Path], config: DataConfig) -> RowFormat:
             "name yours with data.columns.*"
         )
     id_column = columns.id or next((name for name in ("row_id", "id") if name in first), None)
-    return RowFormat(name, columns, id_column)
+    return RowFormat(name, columns, id_column, vocab_size)
 
 
 def scan_source(paths: Sequence[Path], row_format: RowFormat, limit: int | None, shard_rows: int) -> Source:

@@ -11,16 +11,23 @@ from typing import Any
 from shared.config import Config
 from shared.errors import UserError
 from shared.files import probe_writable, remove_stale_temporaries
-from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer
+from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer, vocab_rows_of
 from shared.score_store import MANIFEST_NAME, DataFile, Manifest, Source, create_or_match, read_manifest
-from shared.shards import open_store, read_footer, shard_path, write_shard
+from shared.shards import dropped_path, open_store, read_footer, shard_path, write_shard
 from stage1_score.engine import Engine
 from stage1_score.examples import Example, RowFormat
 from stage1_score.identity import build_manifest
 from stage1_score.progress import scoring_progress
 from stage1_score.raw_rows import expand_paths
 from stage1_score.read import detect_format, read_rows, scan_source
-from stage1_score.tokenization import DroppedRow, RowTokenizer, TokenizedExample, choose_template, marked_text
+from stage1_score.tokenization import (
+    TEMPLATE_REASON,
+    DroppedRow,
+    RowTokenizer,
+    TokenizedExample,
+    choose_template,
+    marked_text,
+)
 
 _SAMPLE_ROWS = 2000
 _MOST_MISFITS = 0.01
@@ -58,8 +65,10 @@ def run(config: Config, command: Sequence[str]) -> None:
         UserError: any mistake in config, data, prior or store; nothing half-written is left.
     """
     plan = make_plan(config, command)
-    if plan.missing:
-        engine = load_engine(config, plan)
+    # Loaded before the store is begun: a prior that cannot be loaded leaves nothing behind.
+    engine = load_engine(config, plan) if plan.missing else None
+    create_or_match(plan.store, plan.manifest, command)
+    if engine is not None:
         tokens_per_second = score_shards(plan, engine)
         print(f"scored {tokens_per_second:,.0f} tokens/s")
     _summarise(plan.store)
@@ -72,8 +81,8 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
         raise UserError(f"expected {missing}; got none")
     store = Path(config.score.output)
     paths = expand_paths(config.data)
-    row_format = detect_format(paths, config.data)
     files = find_pretrained(config.prior.model, config.prior.revision, config.prior.trust_remote_code)
+    row_format = detect_format(paths, config.data, vocab_rows_of(files.config()))
     tokenizer = load_tokenizer(files)
     template = choose_template(config.data, row_format.name, tokenizer)
     found = read_manifest(store) if (store / MANIFEST_NAME).is_file() else None
@@ -86,8 +95,9 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
     if found is None:
         _preview(store, source, row_format, row_tokenizer, tokenizer, len(config.score.columns))
     probe_writable(store)
+    manifest = wanted if found is None else create_or_match(store, wanted, command)
     # The store may name the files as another start saw them: read them where they are now.
-    manifest = create_or_match(store, wanted, command).model_copy(update={"source": source})
+    manifest = manifest.model_copy(update={"source": source})
     remove_stale_temporaries(store)
     missing = [index for index in range(source.num_shards) if not _is_done(store, manifest, index)]
     print(f"{store}: {source.num_shards - len(missing)} of {source.num_shards} shards done, {len(missing)} to score")
@@ -97,7 +107,7 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
 def score_shards(plan: Plan, engine: Engine) -> float:
     """Score and write the missing shards; returns tokens per second, padding not counted."""
     source = plan.manifest.source
-    misfits = 0
+    misfits = _listed_misfits(plan)
     with scoring_progress(sum(len(source.rows_of_shard(index)) for index in plan.missing)) as progress:
         for shard in _prefetched(lambda index: tokenize_shard(plan, index), plan.missing):
             misfits += sum(row.breaks_template for row in shard.dropped)
@@ -193,6 +203,13 @@ def _refuse_misfits(num_misfits: int, num_rows: int, dropped: Sequence[DroppedRo
             f"{num_misfits} of {num_rows} rows do not fit the chat template, more than 1 %; such as row "
             f"{shown.row_id!r} (source_index {shown.source_index}): {shown.reason}"
         )
+
+
+def _listed_misfits(plan: Plan) -> int:
+    """Rows of the finished shards that did not fit the chat template: they count towards the limit of a resumed run."""
+    done = set(range(plan.manifest.source.num_shards)) - set(plan.missing)
+    texts = (dropped_path(plan.store, index).read_text(encoding="utf-8") for index in done)
+    return sum(f'"reason": "{TEMPLATE_REASON}: ' in line for text in texts for line in text.splitlines())
 
 
 def _is_done(store: Path, manifest: Manifest, index: int) -> bool:

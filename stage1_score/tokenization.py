@@ -16,6 +16,9 @@ from shared.config import DataConfig
 from shared.errors import UserError
 from stage1_score.examples import Conversation, Example, PromptCompletion, TokenIds
 
+TEMPLATE_REASON = "chat template"
+"""How the reason of a row begins that does not fit the chat template."""
+
 
 @dataclass(frozen=True)
 class TokenizedExample:
@@ -89,8 +92,8 @@ class RowTokenizer:
             return DroppedRow(example.row_id, example.source_index, "text with half a surrogate pair", False)
         try:
             ids, is_target = self._ids_and_targets(example)
-        except (_TemplateMisfit, TemplateError) as error:
-            return DroppedRow(example.row_id, example.source_index, f"chat template: {error}", True)
+        except _TemplateMisfit as error:
+            return DroppedRow(example.row_id, example.source_index, f"{TEMPLATE_REASON}: {error}", True)
         if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
             wrong = next(token for token in ids if not 0 <= token < self._vocab_size)
             raise UserError(
@@ -162,16 +165,22 @@ class RowTokenizer:
         return len(before), end
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> list[int]:
-        return self._tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=True,
-            return_dict=False,
-            # A template that prints today's date would give other ids tomorrow.
-            strftime_now=self._today.strftime,
-            **self._data.template_arguments,
-        )
+        if not messages:
+            raise _TemplateMisfit("nothing stands before the first assistant turn")
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=False,
+                # A template that prints today's date would give other ids tomorrow.
+                strftime_now=self._today.strftime,
+                **self._data.template_arguments,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            # A template is a program of somebody else's: what it trips over comes up as it is.
+            raise _TemplateMisfit(str(error)) from None
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)

@@ -45,8 +45,11 @@ class TransformersEngine:
             UserError: the model cannot be loaded, or its head is unknown.
         """
         self._columns, self._config = identity.columns, config
-        model = load_causal_lm(files, getattr(torch, identity.weight_dtype))
-        self._model = model.to(device, getattr(torch, identity.compute_dtype)).eval()
+        model = load_causal_lm(files, getattr(torch, identity.weight_dtype)).to(device)
+        if identity.compute_dtype != identity.weight_dtype:
+            # Only ever upwards: `to` casts buffers too, and rotary frequencies must not be rounded to bfloat16.
+            model = model.to(getattr(torch, identity.compute_dtype))
+        self._model = model.eval()
         prepare_head(self._model)
         probe = torch.arange(8, device=device).remainder(vocab_rows(self._model))[None]
         refuse_unknown_head(self._model, float(head_difference(self._model, probe)))

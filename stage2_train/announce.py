@@ -1,5 +1,6 @@
 """What a run says before it begins: its arithmetic, and what its weights will do."""
 
+from shared.files import remove_stale_temporaries
 from stage2_train.distributed import World
 from stage2_train.preflight import stop_token_warning
 from stage2_train.setup import Job, resolve_dtype, write_config
@@ -8,6 +9,7 @@ from stage2_train.setup import Job, resolve_dtype, write_config
 def announce(job: Job, world: World) -> None:
     """Write config.yaml and print the batch arithmetic and warnings; called by rank 0."""
     config, plan, cache = job.config, job.plan, job.cache
+    remove_stale_temporaries(job.output)
     write_config(job)
     rows = plan.rows_of_step(1)
     dealt = job.deal(rows, world.size)

@@ -31,6 +31,7 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
+        """N."""
         return len(self.places_N)
 
 

@@ -96,6 +96,8 @@ def open_cache(store: Path, columns: Sequence[str], cache_dir: Path) -> ScoreCac
         UserError: the store is unfinished or damaged, or lacks a column.
     """
     manifest, shards = open_store(store)
+    if not sum(shard.num_rows for shard in shards):
+        raise UserError(f"{store}: the store has no row: all were dropped, see its .dropped.jsonl files")
     for name in columns:
         if name not in manifest.identity.columns:
             have = list(manifest.identity.columns)
@@ -136,8 +138,6 @@ def _convert(manifest: Manifest, shards: Sequence[Shard], folder: Path, names: S
                     flat = flatten(table.column(name))
                     file.write(flat.values[flat.valid].astype(np.float32).tobytes())
             tokens, targets = tokens + len(ids.values), targets + int(first.valid.sum())
-    if not tokens:
-        raise UserError(f"{folder}: the store has no row")
 
 
 def _sound_tables(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[pa.Table]:

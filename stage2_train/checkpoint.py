@@ -6,7 +6,6 @@ A checkpoint is written into a temporary folder beside its place, flushed, and r
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors import SafetensorError
 
 from shared.errors import UserError
 from shared.files import remove, replacing, sync_folder, sync_tree
+from stage2_train.distributed import World
 
 _STATE_NAME = "trainer.json"
 _TAG = "deepspeed"
@@ -25,18 +26,24 @@ _NAME = re.compile(r"step-(\d{7})")
 
 
 class _SafeCheckpointEngine(TorchCheckpointEngine):
-    """Loads tensors and the three classes that DeepSpeed itself saves; anything else is refused, not run."""
+    """Loads tensors and the three classes that DeepSpeed itself saves; anything else is refused, not run.
+
+    A file that cannot be written is kept in `error`: raised by one rank inside DeepSpeed's save, it would leave the
+    others waiting in a collective.
+    """
+
+    error: UserError | None = None
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
             super().save(state_dict, path)
+        except OSError as error:
+            self.error = UserError(f"{path}: the checkpoint cannot be written ({error}); older ones are as they were")
         except RuntimeError as error:
             # A full disk reaches torch's writer as this, without an errno.
             if "write" not in str(error).lower():
                 raise
-            raise UserError(
-                f"{path}: the checkpoint cannot be written ({error}); older ones are as they were"
-            ) from None
+            self.error = UserError(f"{path}: the checkpoint cannot be written ({error}); older ones are as they were")
 
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
@@ -53,12 +60,14 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:07d}"
 
 
-def save_checkpoint(engine: Any, run: Path, step: int, state: dict[str, Any], barrier: Callable[[], None]) -> None:
+def save_checkpoint(engine: Any, run: Path, step: int, state: dict[str, Any], world: World) -> None:
     """Write the checkpoint after a step; called by all ranks.
 
     Args:
         state: what `read_state` gives back: world size, ZeRO stage and settings of the run.
-        barrier: waits for all ranks.
+
+    Raises:
+        UserError: on all ranks, where any of them could not write its part.
     """
     folder = checkpoint_folder(run, step)
     # One name for all ranks, whichever host they are on; what a killed run left behind is removed first.
@@ -68,9 +77,11 @@ def save_checkpoint(engine: Any, run: Path, step: int, state: dict[str, Any], ba
             remove(unfinished)
         remove(folder)
         temporary.mkdir(parents=True)
-    barrier()
+    world.barrier()
     engine.save_checkpoint(str(temporary), tag=_TAG, client_state={}, save_latest=False)
-    barrier()
+    error = engine.checkpoint_engine.error
+    if world.all_reduce(torch.tensor(float(error is not None), device=world.device)) > 0:
+        raise error or UserError(f"{temporary}: another rank could not write its part of the checkpoint")
     if engine.global_rank == 0:
         # DeepSpeed copies conversion scripts into each checkpoint; a folder of data holds no code.
         for script in temporary.rglob("*.py"):
@@ -79,7 +90,7 @@ def save_checkpoint(engine: Any, run: Path, step: int, state: dict[str, Any], ba
         sync_tree(temporary)
         temporary.replace(folder)
         sync_folder(folder.parent)
-    barrier()
+    world.barrier()
 
 
 def load_checkpoint(engine: Any, folder: Path) -> None:
@@ -112,6 +123,13 @@ def prune_checkpoints(run: Path, keep: int) -> None:
         remove(folder)
 
 
+def remove_checkpoints_after(run: Path, step: int) -> None:
+    """Remove the checkpoints of later steps."""
+    for folder in _checkpoints(run):
+        if folder.name > checkpoint_folder(run, step).name:
+            remove(folder)
+
+
 def export_model(engine: Any, model: Any, tokenizer: Any, folder: Path) -> None:
     """Write the model as safetensors with its tokenizer, for `AutoModelForCausalLM`; called by all ranks."""
     if engine.zero_optimization_partition_weights():
@@ -122,10 +140,13 @@ def export_model(engine: Any, model: Any, tokenizer: Any, folder: Path) -> None:
         return
     prefix = "model."
     state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    remove(folder)
-    with replacing(folder) as temporary:
-        model.save_pretrained(temporary, state_dict=state_dict)
-        tokenizer.save_pretrained(temporary)
+    try:
+        with replacing(folder) as temporary:
+            model.save_pretrained(temporary, state_dict=state_dict)
+            tokenizer.save_pretrained(temporary)
+            remove(folder)
+    except SafetensorError as error:
+        raise UserError(f"{folder}: the model cannot be written ({error}); a rerun writes it again") from None
 
 
 def _checkpoints(run: Path) -> list[Path]:

@@ -114,20 +114,19 @@ def _read_metrics(run: Path):
     import polars as pl
 
     from shared.errors import UserError
-    from stage2_train.metrics import metrics_path
+    from stage2_train.metrics import metrics_path, read_records
 
     path = metrics_path(run)
     if not path.is_file() or not path.stat().st_size:
         raise UserError(f"{run}: expected a training run with {path.name}, found none")
-    return pl.read_ndjson(path)
+    return pl.DataFrame(read_records(path))
 
 
 def _evaluation(run: Path) -> dict[str, tuple[float, float]]:
-    from stage2_train.metrics import eval_path
+    from stage2_train.metrics import eval_path, read_records
 
     values: dict[str, tuple[float, float]] = {}
-    lines = eval_path(run).read_text(encoding="utf-8").splitlines() if eval_path(run).is_file() else []
-    for record in map(json.loads, lines):
+    for record in read_records(eval_path(run)) if eval_path(run).is_file() else ():
         for kind in ("nll", "nll_supported"):
             if record[kind] is not None:
                 name = f"{record['name']} {kind}"

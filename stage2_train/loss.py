@@ -6,7 +6,6 @@ Shape suffixes: N targets of the micro-batch, V vocabulary.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,6 +42,4 @@ class WeightedLM(nn.Module):
         logits_NV = logits_of_hidden(self.model, hidden_ND)
         nll_N = F.cross_entropy(logits_NV, tokens.target_ids_N, reduction="none")
         weights_N = weigh(token_statistics(logits_NV.detach(), tokens.target_ids_N, self._columns))
-        # By `where`, not by the product alone: a target of weight 0 adds 0 even where its nll is infinite.
-        terms_N = torch.where(weights_N > 0, weights_N * nll_N, 0.0)
-        return terms_N.sum(), nll_N.detach(), weights_N
+        return (weights_N * nll_N).sum(), nll_N.detach(), weights_N

@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -56,18 +56,21 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 def cut_after(path: Path, step: int) -> None:
     """Cut the lines after a step: a resumed run writes them again. A torn last line goes too."""
-    if not path.exists():
-        return
-    kept = []
+    if path.exists():
+        kept = [json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a file that may still be written; a torn last line is left out."""
+    records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
+            records.append(json.loads(line))
         except ValueError:
             break
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    with replacing(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+    return records
 
 
 class TrainingProgress:
@@ -101,7 +104,10 @@ class TrainingProgress:
             self._last_line = now
             print(f"step {metrics.step}/{self._num_steps}  {shown}", flush=True)
 
-    def close(self) -> None:
-        """Leave the terminal as it was."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave the terminal as it was, also for an error's message."""
         if self._bar is not None:
             self._bar.stop()

@@ -1,6 +1,6 @@
 """Checks before and at the first step: that weights belong to tokens, and that the user knows what they do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from shared.score_store import Manifest
 from shared.weighting import TargetStatistics, Weighting
 from stage2_train.cache import ScoreCache
 
-_LARGEST_ROW_DIFFERENCE = {"float32": 0.01, "bfloat16": 0.5}
+_LARGEST_MEAN_DIFFERENCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5}
 """Mean over a row's targets of |stored logprob - logprob|, nats. float32 rounding gives 1e-4, bfloat16 up to 0.2 on
 single tokens; columns that belong to other tokens are off by several nats."""
 
@@ -49,23 +49,25 @@ def stored_logprobs(cache: ScoreCache, rows: Sequence[int]) -> list[np.ndarray]:
 
 
 def refuse_misaligned(
-    cache: ScoreCache, rows: Sequence[int], difference_R: Sequence[float], dtype: str, model_name: str
+    cache: ScoreCache, rows: Sequence[int], difference_R: Sequence[float], dtypes: Iterable[str], model_name: str
 ) -> None:
     """At the first step of a run that starts from the prior: the model must agree with the stored scores.
 
     Args:
         rows: of the first step.
         difference_R: mean over the targets of each row of |stored logprob - the model's|, nats.
+        dtypes: of the weights in training and of those that scored; the coarser decides what is rounding.
 
     Raises:
         UserError: a row disagrees: its scores belong to other tokens, or the model is not the prior any more.
     """
     worst = int(np.argmax(difference_R))
-    if not difference_R[worst] <= _LARGEST_ROW_DIFFERENCE[dtype]:
+    largest = max(_LARGEST_MEAN_DIFFERENCE[dtype] for dtype in dtypes)
+    if not difference_R[worst] <= largest:
         row_id = cache.stored_rows([rows[worst]], ["row_id"])[0]["row_id"]
         raise UserError(
             f"row {row_id!r}: before the first step the stored scores of its targets and those of {model_name} are "
-            f"{difference_R[worst]:.4f} nats apart (mean), more than {_LARGEST_ROW_DIFFERENCE[dtype]}: the scores "
+            f"{difference_R[worst]:.4f} nats apart (mean), more than {largest}: the scores "
             "belong to other tokens, or this is no longer the model that scored"
         )
 

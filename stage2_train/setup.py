@@ -1,5 +1,6 @@
 """Everything a run needs before its first step: checked on each process alone, then built together."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,11 @@ def _refuse_unknown_keys(ds_config: dict[str, Any]) -> None:
         raise UserError(f"train.deepspeed: {error}") from None
 
 
+def layout(config: TrainConfig) -> dict[str, int]:
+    """How the state of a run is spread: a checkpoint fits the same layout only."""
+    return {"world_size": int(os.environ.get("WORLD_SIZE", "1")), "zero_stage": max(1, config.zero_stage())}
+
+
 def resolve_dtype(config: TrainConfig) -> str:
     """float32 or bfloat16."""
     if config.dtype != "auto":
@@ -155,14 +161,23 @@ def _checkpoint(config: TrainConfig, output: Path) -> Path | None:
         if metrics_path(output).exists() or newest_checkpoint(output):
             raise UserError(f"{output} holds a run already, and train.resume=never: give another train.output")
         return None
-    return newest_checkpoint(output) if config.resume == "auto" else Path(config.resume)
+    if config.resume == "auto":
+        return newest_checkpoint(output)
+    chosen = Path(config.resume)
+    if chosen.resolve().parent != (output / "checkpoints").resolve():
+        raise UserError(f"train.resume={chosen}: expected a checkpoint in {output / 'checkpoints'}, auto or never")
+    return chosen
 
 
 def _refuse_other_settings(job: Job) -> None:
     """Refuse to go on from a checkpoint of a run with other settings."""
     if job.checkpoint is None:
         return
-    stored = read_state(job.checkpoint)["settings"]
+    state = read_state(job.checkpoint)
+    for name, value in layout(job.config).items():
+        if state[name] != value:
+            raise UserError(f"{job.checkpoint} was saved with {name}={state[name]}, this run has {value}: use the same")
+    stored = state["settings"]
     differing = [
         f"train.{name}: {stored.get(name)!r} there, {value!r} now"
         for name, value in job.settings().items()

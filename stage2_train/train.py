@@ -23,7 +23,11 @@ def main() -> None:
 
     from shared.cli import exit_code_of
 
-    sys.exit(exit_code_of(lambda: train(arguments.pipeline, arguments.overrides), "train.py"))
+    code = exit_code_of(lambda: train(arguments.pipeline, arguments.overrides), "train.py")
+    sys.stdout.flush()
+    # An interpreter that shuts down while the process group is open may be aborted by the threads of gloo, and the
+    # exit code would be lost.
+    os._exit(code)
 
 
 def train(pipeline: str, overrides: list[str]) -> None:
@@ -43,12 +47,11 @@ def train(pipeline: str, overrides: list[str]) -> None:
 
     if world.rank == 0:
         announce(job, world)
-    try:
-        Trainer(job, world).run()
-    finally:
-        import torch
+    Trainer(job, world).run()
+    # Not after an error: closing the group would end the others before this rank has said what it met.
+    import torch
 
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

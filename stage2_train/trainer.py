@@ -6,7 +6,6 @@ Shape suffixes: N targets of a micro-batch, R rows of the step.
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from stage2_train.checkpoint import (
     load_checkpoint,
     prune_checkpoints,
     read_state,
+    remove_checkpoints_after,
     save_checkpoint,
 )
 from stage2_train.deepspeed_config import learning_rate_at
@@ -27,7 +27,7 @@ from stage2_train.evaluate import evaluate
 from stage2_train.loss import Weigh
 from stage2_train.metrics import StepMetrics, TrainingProgress, append_line, cut_after, eval_path, metrics_path
 from stage2_train.preflight import refuse_misaligned, stored_logprobs
-from stage2_train.setup import Job, build_engine, resolve_dtype
+from stage2_train.setup import Job, build_engine, layout, resolve_dtype
 from stage2_train.weigh import StepWeigher, WeighedBatch
 
 
@@ -39,6 +39,7 @@ class Trainer:
         self.job, self.world, self.config = job, world, job.config
         self.weigher = StepWeigher(job.weighting, job.config, job.cache, world.all_reduce)
         self.engine, self.model = build_engine(job, world, self.weigher.online_columns)
+        self.engine.train()
         self.first_step = 1
         if job.checkpoint is not None:
             self.first_step = self._resume()
@@ -52,15 +53,14 @@ class Trainer:
             cut_after(eval_path(self.job.output), self.first_step - 1 if self.job.checkpoint else -1)
         if self.first_step == 1:
             self._evaluate(0)
-        progress = TrainingProgress(self.job.output, self.first_step, num_steps, self.world.rank == 0)
-        for step in range(self.first_step, num_steps + 1):
-            progress.record(self._step(step))
-            is_last = step == num_steps
-            if is_last or (self.config.eval_steps and step % self.config.eval_steps == 0):
-                self._evaluate(step)
-            if is_last or step % self.config.checkpoint_steps == 0:
-                self._save(step)
-        progress.close()
+        with TrainingProgress(self.job.output, self.first_step, num_steps, self.world.rank == 0) as progress:
+            for step in range(self.first_step, num_steps + 1):
+                progress.record(self._step(step))
+                is_last = step == num_steps
+                if is_last or (self.config.eval_steps and step % self.config.eval_steps == 0):
+                    self._evaluate(step)
+                if is_last or step % self.config.checkpoint_steps == 0:
+                    self._save(step)
         export_model(self.engine, self.model, self.job.tokenizer, self.job.output / "model")
         self.world.barrier()
 
@@ -69,10 +69,13 @@ class Trainer:
         started = time.perf_counter()
         learning_rate = learning_rate_at(step, self.job.plan.num_steps, self.config)
         rows = self.job.plan.rows_of_step(step)
+        # Dropout, where a model has it, is a function of step and rank: a resumed run draws the same.
+        torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + self.world.rank)
         weighed = self._micro_batches(rows)
+        if step == 1 and self.job.starts_from_prior:
+            self._refuse_misaligned(rows, [part.batch for part in weighed])
         # Weighted loss, sum of weights, zero weights, tokens; then the nll of each row of the step.
         totals = torch.zeros(4 + len(rows), dtype=torch.float64, device=self.world.device)
-        nll_by_batch: list[Tensor] = []
         for part in weighed:
             weighted_sum, nll_N, weights_N = self.engine(part.batch.tokens, part.weigh)
             loss = weighted_sum * part.scale
@@ -83,12 +86,9 @@ class Trainer:
             totals[2] += (weights_N == 0).sum()
             totals[3] += part.batch.num_tokens
             totals[4:].index_add_(0, part.batch.places_N, nll_N.double())
-            nll_by_batch.append(nll_N)
         self.world.all_reduce(totals)
         row_nll_R = totals[4:].cpu().numpy()
         self._refuse_non_finite(step, rows, row_nll_R, float(totals[0]))
-        if step == 1 and self.job.starts_from_prior:
-            self._refuse_misaligned(rows, [part.batch for part in weighed], nll_by_batch)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
@@ -129,18 +129,19 @@ class Trainer:
                 + self._advice()
             )
 
-    def _refuse_misaligned(self, rows: np.ndarray, batches: Sequence[Batch], nll_by_batch: Sequence[Tensor]) -> None:
+    def _refuse_misaligned(self, rows: np.ndarray, batches: Sequence[Batch]) -> None:
         """Stop where the model, which is still the prior, does not give the stored scores."""
         stored = stored_logprobs(self.job.cache, rows.tolist())
         difference_R = torch.zeros(len(rows), dtype=torch.float64, device=self.world.device)
-        for batch, nll_N in zip(batches, nll_by_batch, strict=True):
+        for batch in batches:
+            nll_N = self._nll(batch)
             members = torch.unique_consecutive(batch.places_N).tolist()
             if members:
                 stored_N = torch.from_numpy(np.concatenate([stored[place] for place in members])).to(nll_N.device)
                 difference_R.index_add_(0, batch.places_N, (nll_N + stored_N).abs().double())
         means = self.world.all_reduce(difference_R).cpu().numpy() / self.job.cache.num_targets[rows]
-        dtype = resolve_dtype(self.config)
-        refuse_misaligned(self.job.cache, rows.tolist(), means.tolist(), dtype, self.job.files.name)
+        dtypes = {resolve_dtype(self.config), self.job.cache.manifest.identity.weight_dtype}
+        refuse_misaligned(self.job.cache, rows.tolist(), means.tolist(), dtypes, self.job.files.name)
 
     def _row_ids(self, rows: Sequence[int] | np.ndarray, most: int = 8) -> list[str]:
         named = [repr(row["row_id"]) for row in self.job.cache.stored_rows(list(rows[:most]), ["row_id"])]
@@ -149,40 +150,36 @@ class Trainer:
     def _advice(self) -> str:
         return "Lower train.learning_rate, raise train.warmup_ratio, or look at these rows"
 
-    def _evaluate(self, step: int) -> None:
-        def forward(batch: Batch) -> Tensor:
-            return self._forward(batch, lambda online: torch.zeros(batch.num_targets, device=self.world.device))[1]
-
+    @torch.no_grad()
+    def _nll(self, batch: Batch) -> Tensor:
+        """nll_N of a micro-batch without dropout and gradient; called by all ranks."""
         self.engine.eval()
+        zeros_N = torch.zeros(batch.num_targets, device=self.world.device)
+        nll_N = self._forward(batch, lambda online: zeros_N)[1]
+        self.engine.train()
+        return nll_N
+
+    def _evaluate(self, step: int) -> None:
         for name, cache in self.job.eval_caches.items():
-            with torch.no_grad():
-                result = evaluate(step, name, cache, forward, self.world, self.config.micro_batch_tokens)
+            result = evaluate(step, name, cache, self._nll, self.world, self.config.micro_batch_tokens)
             if self.world.rank == 0:
                 append_line(eval_path(self.job.output), asdict(result))
                 supported = "none" if result.nll_supported is None else f"{result.nll_supported:.4f}"
                 print(f"evaluation after step {step} on {name}: nll {result.nll:.4f}, supported targets {supported}")
-        self.engine.train()
 
     def _save(self, step: int) -> None:
-        state = {**self._layout(), "settings": self.job.settings()}
-        save_checkpoint(self.engine, self.job.output, step, state, self.world.barrier)
+        state = {**layout(self.config), "settings": self.job.settings()}
+        save_checkpoint(self.engine, self.job.output, step, state, self.world)
         if self.world.rank == 0:
             prune_checkpoints(self.job.output, self.config.keep_checkpoints)
 
     def _resume(self) -> int:
         """Load the checkpoint; returns the step to go on with."""
         assert self.job.checkpoint is not None
-        state = read_state(self.job.checkpoint)
-        for name, value in self._layout().items():
-            if state[name] != value:
-                raise UserError(
-                    f"{self.job.checkpoint} was saved with {name}={state[name]}, this run has {value}: use the same"
-                )
+        step = int(read_state(self.job.checkpoint)["step"])
         load_checkpoint(self.engine, self.job.checkpoint)
         if self.world.rank == 0:
-            print(f"resumed from {self.job.checkpoint}, after step {state['step']}", flush=True)
-        return int(state["step"]) + 1
-
-    def _layout(self) -> dict[str, Any]:
-        """How the state is spread: a checkpoint fits the same layout only."""
-        return {"world_size": self.world.size, "zero_stage": max(1, self.config.zero_stage())}
+            # Where an older checkpoint was asked for, what came after it is made again.
+            remove_checkpoints_after(self.job.output, step)
+            print(f"resumed from {self.job.checkpoint}, after step {step}", flush=True)
+        return step + 1

@@ -70,21 +70,29 @@ class StepWeigher:
         return self._scaled(rows, batches, weighs, num_groups, None)
 
     def _from_prior(self, rows: np.ndarray, batches: Sequence[Batch], num_groups: int) -> list[WeighedBatch]:
+        row_nll_R = self._stored_row_nll(rows) if self._weighting.needs_row_nll else None
+        sums = None
+        if self._normalize_by in ("kept", "weights"):
+            sums = _sum_and_count(self._stored_weights(rows, row_nll_R))
+        if row_nll_R is not None:
+            row_nll_R = row_nll_R.to(batches[0].places_N.device)
+        weighs = [partial(self._weigh_prior, batch=batch, row_nll_R=row_nll_R) for batch in batches]
+        return self._scaled(rows, batches, weighs, num_groups, sums)
+
+    def _stored_row_nll(self, rows: np.ndarray) -> Tensor:
+        members = (self._cache.row(int(row)) for row in rows)
+        return torch.tensor([-float(member.statistics["logprob"].mean(dtype=np.float64)) for member in members])
+
+    def _stored_weights(self, rows: np.ndarray, row_nll_R: Tensor | None) -> Tensor:
+        """Weights of the whole step, (S,), on the CPU."""
         members = [self._cache.row(int(row)) for row in rows]
         columns_S = {
             name: torch.from_numpy(np.concatenate([member.statistics[name] for member in members]))
             for name in self._weighting.columns
         }
-        row_nll_R = None
-        if self._weighting.needs_row_nll:
-            row_nll_R = torch.tensor([-member.statistics["logprob"].mean(dtype=np.float64) for member in members])
         ids_S = np.concatenate([member.input_ids[member.target_positions] for member in members])
         is_stop_token_S = torch.isin(torch.from_numpy(ids_S.astype(np.int64)), self._stop_token_ids)
-        weights_S = self._weighting.weights(TargetStatistics(columns_S, row_nll_R), is_stop_token_S)
-        if row_nll_R is not None and batches:
-            row_nll_R = row_nll_R.to(batches[0].places_N.device)
-        weighs = [partial(self._weigh_prior, batch=batch, row_nll_R=row_nll_R) for batch in batches]
-        return self._scaled(rows, batches, weighs, num_groups, weights_S)
+        return self._weighting.weights(TargetStatistics(columns_S, row_nll_R), is_stop_token_S)
 
     def _from_first_pass(
         self, rows: np.ndarray, batches: Sequence[Batch], num_groups: int, forward: Forward
@@ -102,8 +110,8 @@ class StepWeigher:
             self._weigh(online, batch=batch, row_nll_R=row_nll_R) for online, batch in zip(seen, batches, strict=True)
         ]
         weighs = [partial(_given, weights_N=weights_N) for weights_N in weights]
-        sums = torch.stack([torch.cat(weights).sum(dtype=torch.float64), torch.cat(weights).count_nonzero().double()])
-        return self._scaled(rows, batches, weighs, num_groups, None, self._all_reduce(sums))
+        sums = self._all_reduce(_sum_and_count(torch.cat(weights)))
+        return self._scaled(rows, batches, weighs, num_groups, sums)
 
     def _row_nll(self, rows: np.ndarray, batches: Sequence[Batch], nll_by_batch: Sequence[Tensor]) -> Tensor:
         """Mean nll of each row of the step, the same on all ranks."""
@@ -114,22 +122,18 @@ class StepWeigher:
         return (self._all_reduce(sums_R) / counts_R).float()
 
     def _scaled(
-        self, rows: np.ndarray, batches: Sequence[Batch], weighs: Sequence[Weigh], num_groups: int,
-        weights_S: Tensor | None, sums: Tensor | None = None,
-    ) -> list[WeighedBatch]:  # fmt: skip
+        self, rows: np.ndarray, batches: Sequence[Batch], weighs: Sequence[Weigh], num_groups: int, sums: Tensor | None
+    ) -> list[WeighedBatch]:
         """Attach the scale of the chosen normalisation.
 
         Args:
-            weights_S: weights of the whole step, where known.
-            sums: sum and number of the non-zero weights of the whole step, where `weights_S` is not known.
+            sums: `_sum_and_count` of the weights of the whole step, for the normalisations that divide by them.
         """
         if self._normalize_by == "micro_batch":
             scales = [1.0 / (max(batch.num_targets, 1) * num_groups) for batch in batches]
         elif self._normalize_by == "targets":
             scales = [1.0 / float(self._cache.num_targets[rows].sum())] * len(batches)
         else:
-            if weights_S is not None:
-                sums = torch.stack([weights_S.sum(dtype=torch.float64), weights_S.count_nonzero().double()])
             assert sums is not None
             denominator = float(sums[0] if self._normalize_by == "weights" else sums[1])
             # Nothing is kept: the sum is 0 whatever it is divided by.
@@ -141,6 +145,11 @@ class StepWeigher:
 
     def _weigh_prior(self, online: dict[str, Tensor], *, batch: Batch, row_nll_R: Tensor | None) -> Tensor:
         return self._weigh(batch.prior, batch=batch, row_nll_R=row_nll_R)
+
+
+def _sum_and_count(weights: Tensor) -> Tensor:
+    """float64 (2,): the sum of the weights, and how many are not zero."""
+    return torch.stack([weights.sum(dtype=torch.float64), weights.count_nonzero().double()])
 
 
 def _given(online: dict[str, Tensor], *, weights_N: Tensor) -> Tensor:

@@ -257,13 +257,14 @@ def scored_row() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def store_of() -> Callable[..., Path]:
     """Write a finished store from a manifest and its rows, cut into the planned shards."""
-    from shared.files import write_json
+    import json
+
     from shared.score_store import MANIFEST_NAME
     from shared.shards import write_shard
 
     def write(folder: Path, manifest: Any, rows: Sequence[Any]) -> Path:
         folder.mkdir(parents=True)
-        write_json(folder / MANIFEST_NAME, manifest.model_dump(mode="json"))
+        (folder / MANIFEST_NAME).write_text(json.dumps(manifest.model_dump(mode="json")))
         for index in range(manifest.source.num_shards):
             planned = slice(index * manifest.source.shard_rows, (index + 1) * manifest.source.shard_rows)
             write_shard(folder, index, manifest, rows[planned], [], {"engine": "none"})

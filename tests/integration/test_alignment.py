@@ -11,7 +11,6 @@ import pytest
 from launching import REPOSITORY, deepspeed_command, finish, score
 from transformers import AutoTokenizer
 
-from shared.files import write_json
 from shared.score_store import read_manifest
 from shared.shards import ScoredRow, read_footer, shard_path, write_shard
 
@@ -94,7 +93,7 @@ def test_another_tokenizer_is_refused(demo_store: Path, pipeline: Path, tmp_path
     vocabulary = content["model"]["vocab"]
     one, two = [token for token in vocabulary if token.isalpha() and token.isascii()][:2]
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
-    write_json(other / "tokenizer.json", content)
+    (other / "tokenizer.json").write_text(json.dumps(content))
     assert AutoTokenizer.from_pretrained(other).eos_token_id == AutoTokenizer.from_pretrained(
         REPOSITORY / "data/demo/prior"
     ).eos_token_id  # fmt: skip

@@ -1,6 +1,7 @@
 """Killed at any moment, a rerun ends with the same numbers."""
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from launching import Finished, deepspeed_command, demo_overrides, finish, metrics_of, start
+import torch
+from launching import REPOSITORY, Finished, deepspeed_command, demo_overrides, finish, metrics_of, score, start
+from transformers import GPT2Config, GPT2LMHeadModel
 
 
 def training(store: Path, output: Path, stage: int) -> list[str]:
@@ -75,6 +78,55 @@ def test_a_full_disk_ends_the_run_with_one_line_and_a_rerun_goes_on(demo_store: 
     assert done.code == 0, done.output
     assert [line["step"] for line in metrics_of(run)] == list(range(1, 13))
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-0000010", "step-0000012"]
+
+
+def test_a_disk_that_is_full_on_one_rank_only_ends_all_with_its_message(
+    demo_store: Path, pipeline: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    command = deepspeed_command(2, *training(demo_store, run, 1), pipeline=pipeline)
+    command[command.index("stage2_train/train.py")] = "tests/integration/one_rank_fails.py"
+    done = finish(command)
+    assert done.code == 2, done.output
+    assert "could not write its part of the checkpoint" in done.output
+    assert not list((run / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def dropout_store(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 rows scored by a GPT-2 of random weights, whose default dropout is 0.1."""
+    folder = tmp_path_factory.mktemp("dropout")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=800, n_embd=32, n_layer=2, n_head=2, n_positions=256, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(folder / "prior")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(REPOSITORY / "data/demo/prior" / name, folder / "prior")
+    score(
+        pipeline, f"data.path={REPOSITORY}/data/demo/train.jsonl", f"prior.model={folder}/prior", "data.limit=24",
+        f"score.output={folder}/store",
+    )  # fmt: skip
+    return folder / "store"
+
+
+def test_a_model_with_dropout_resumes_to_the_same_numbers_from_any_checkpoint(
+    dropout_store: Path, train_cases: Callable[..., Finished], tmp_path: Path
+):
+    run = tmp_path / "run"
+    case = [
+        f"train.scores={dropout_store}", "train.method=sft", "train.batch_size=8", "train.epochs=2",
+        "train.checkpoint_steps=1", "train.keep_checkpoints=9", "train.learning_rate=1e-3", f"train.output={run}",
+    ]  # fmt: skip
+    done = train_cases([case])
+    assert done.code == 0, done.output
+    whole, weights = metrics_of(run), (run / "model" / "model.safetensors").read_bytes()
+    assert len(whole) == 6
+    again = train_cases([[*case, f"train.resume={run}/checkpoints/step-0000003"]])
+    assert again.code == 0, again.output
+    assert metrics_of(run) == whole
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    elsewhere = train_cases([[*case, f"train.resume={tmp_path}/elsewhere"]])
+    assert elsewhere.code != 0
+    assert "expected a checkpoint in" in elsewhere.output
 
 
 KILL_AT_RENAME = """

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from launching import REPOSITORY, Finished, deepspeed_command, finish, metrics_of
+from launching import REPOSITORY, Finished, deepspeed_command, demo_overrides, finish, metrics_of, score
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -101,6 +101,14 @@ def test_world_size_stage_and_micro_batches_do_not_change_the_curve(
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3), (name, ours["step"])
 
 
+def test_a_store_scored_in_bfloat16_trains_in_float32(pipeline: Path, train_cases: TrainCases, tmp_path: Path):
+    """What differs is rounding, and is taken for it."""
+    score(pipeline, *demo_overrides(tmp_path / "store"), "prior.dtype=bfloat16", "data.limit=32")
+    case = [f"train.scores={tmp_path}/store", "train.method=prift_prob", "train.batch_size=32", "train.max_steps=1"]
+    done = train_cases([[*case, f"train.output={tmp_path}/run"]])
+    assert done.code == 0, done.output
+
+
 def test_bfloat16_follows_float32(demo_store: Path, train_cases: TrainCases, tmp_path: Path):
     """At a learning rate whose first update is larger than the spacing of bfloat16 weights."""
     cases = [
@@ -178,7 +186,7 @@ BAD_INPUT = {
         "score.columns=[logprob,mass_rank,collision]",
     ),
     "batch too large": (["train.batch_size=1000"], "the store has 32 rows"),
-    "a checkpoint that is none": (["train.resume=/nowhere"], "expected a checkpoint"),
+    "a checkpoint that is none": (["train.resume=/nowhere"], "expected a checkpoint in"),
     "a DeepSpeed key of ours": (["train.deepspeed.gradient_clipping=1"], "set train.gradient_clipping instead"),
     "a misspelt DeepSpeed key": (
         ["train.deepspeed.zero_optimzation.stage=3"],
@@ -223,8 +231,6 @@ def test_the_launcher_passes_the_exit_code_on(small_store: Path, pipeline: Path,
 @pytest.fixture(scope="module")
 def small_store(demo_store: Path, pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 rows with three columns."""
-    from launching import demo_overrides, score
-
     store = tmp_path_factory.mktemp("small") / "store"
     columns = "score.columns=[logprob,mass_rank]"
     score(pipeline, *demo_overrides(store), "data.limit=32", columns)

@@ -18,7 +18,6 @@ from shared.files import (
     sha256_of_file,
     sha256_of_json,
     temporary_path,
-    write_json,
 )
 
 
@@ -120,8 +119,6 @@ def test_create_json_keeps_what_is_there(tmp_path: Path):
     assert create_json(path, {"a": 1})
     assert not create_json(path, {"a": 2})
     assert path.read_text() == '{\n  "a": 1\n}\n'
-    write_json(path, {"a": 2})
-    assert path.read_text() == '{\n  "a": 2\n}\n'
     assert os.listdir(tmp_path) == ["store.json"]
 
 

@@ -224,3 +224,15 @@ def test_an_unknown_head_is_refused(prior: Path, manifest_with, monkeypatch):
     monkeypatch.setattr(engine_module, "load_causal_lm", lambda files, dtype: Doubling(torch.randn(6, 6)))
     with pytest.raises(UserError, match="Doubling: its logits differ"):
         TransformersEngine(find_pretrained(str(prior)), manifest_with().identity, "cpu", ScoreConfig())
+
+
+@pytest.mark.parametrize(("weights", "compute"), [("bfloat16", "bfloat16"), ("float32", "float64")])
+def test_rotary_frequencies_are_never_rounded_down(prior: Path, manifest_with, weights: str, compute: str):
+    """In bfloat16 the angle of position 1000 would be off by a radian."""
+    identity = manifest_with().identity.model_copy(update={"weight_dtype": weights, "compute_dtype": compute})
+    engine = TransformersEngine(find_pretrained(str(prior)), identity, "cpu", ScoreConfig())
+    buffers = dict(engine._model.named_buffers())
+    frequencies = [buffer for name, buffer in buffers.items() if name.endswith("inv_freq")]
+    assert frequencies
+    assert all(buffer.dtype in (torch.float32, torch.float64) for buffer in frequencies)
+    assert next(engine._model.parameters()).dtype == getattr(torch, compute)
