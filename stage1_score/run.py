@@ -67,7 +67,9 @@ def run(config: Config, command: Sequence[str]) -> None:
     plan = make_plan(config, command)
     # Loaded before the store is begun: a prior that cannot be loaded leaves nothing behind.
     engine = load_engine(config, plan) if plan.missing else None
-    create_or_match(plan.store, plan.manifest, command)
+    begun = create_or_match(plan.store, plan.manifest, command)
+    if begun.fingerprint != plan.manifest.fingerprint:
+        raise UserError(f"{plan.store}: another start began it with other columns meanwhile; run the command again")
     if engine is not None:
         tokens_per_second = score_shards(plan, engine)
         print(f"scored {tokens_per_second:,.0f} tokens/s")
