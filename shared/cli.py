@@ -28,7 +28,9 @@ def exit_code_of(command: Callable[[], None], program: str) -> int:
     except CheckFailed as error:
         return _report(f"{program}: {error}", CHECK_FAILED)
     except KeyboardInterrupt:
-        return _report(f"{program}: stopped; the same command goes on where this left off", STOPPED)
+        return _report(
+            f"{program}: stopped; the same command goes on from the last finished shard or checkpoint", STOPPED
+        )
     except OSError as error:
         if error.errno not in _USER_ERRNOS:
             raise
@@ -43,5 +45,6 @@ def _report(message: str, code: int) -> int:
         # The launcher ends the other ranks when rank 0 exits; whoever is still there has met something of its own.
         time.sleep(10)
         message = f"[rank {rank}] {message}"
+    sys.stdout.flush()  # what was said before the error must not come after it in a log
     print(message, file=sys.stderr, flush=True)
     return code

@@ -122,7 +122,7 @@ def read_manifest(store: Path) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{store}: expected a score store, found no {MANIFEST_NAME}") from None
+        raise UserError(f"{store}: expected a score store, found no {MANIFEST_NAME}; prift-score makes it") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     version = content.get("schema_version") if isinstance(content, dict) else None

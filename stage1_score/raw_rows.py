@@ -49,7 +49,8 @@ def raw_rows(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise UserError(f"{path}:{number}: malformed JSON: {error}") from None
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise UserError(f"{path}:{number}: malformed JSON: {reason}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected a JSON object, got {shown(row)}")
             yield number, row

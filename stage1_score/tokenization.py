@@ -64,7 +64,10 @@ def choose_template(data: DataConfig, format_name: str, tokenizer: Any) -> str:
     automatic = {"messages": "chat", "prompt_completion": "chat_prompt" if has_chat else "plain"}
     template = automatic[format_name] if data.template == "auto" else data.template
     if template != "plain" and not has_chat:
-        raise UserError(f"data.template={template} needs a chat template, but the prior's tokenizer has none")
+        raise UserError(
+            f"the data holds {format_name} rows and data.template is {template}: that needs a chat template, but the "
+            "prior's tokenizer has none; take a prior with one, or prompts and completions with data.template=plain"
+        )
     if template == "plain" and format_name == "messages":
         raise UserError("data.template=plain needs prompts and completions, but the data holds messages")
     if template != "chat" and tokenizer.eos_token_id is None:

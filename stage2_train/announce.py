@@ -2,6 +2,7 @@
 
 from shared.files import remove_stale_temporaries
 from stage2_train.distributed import World
+from stage2_train.metrics import metrics_path
 from stage2_train.preflight import stop_token_warning
 from stage2_train.setup import Job, resolve_dtype, write_config
 
@@ -10,6 +11,8 @@ def announce(job: Job, world: World) -> None:
     """Write config.yaml and print the batch arithmetic and warnings; called by rank 0."""
     config, plan, cache = job.config, job.plan, job.cache
     remove_stale_temporaries(job.output)
+    if job.checkpoint is None and metrics_path(job.output).is_file():
+        print(f"{job.output} holds a run that was stopped before its first checkpoint: it starts over at step 1")
     write_config(job)
     rows = plan.rows_of_step(1)
     dealt = job.deal(rows, world.size)

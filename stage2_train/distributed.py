@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shared.errors import UserError, first_line
+
 _DEFAULT_ENVIRONMENT = {
     "RANK": "0",
     "LOCAL_RANK": "0",
@@ -68,5 +70,12 @@ def meet() -> World:
     elif "OMP_NUM_THREADS" not in os.environ:
         # Each rank would take all cores; together they would spend their time waiting for each other.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_node()))
-    deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"the processes cannot meet at port {port} ({first_line(error)}): if another training runs on this "
+            "machine, start this one with `deepspeed --master_port` and another number"
+        ) from None
     return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)

@@ -41,7 +41,7 @@ def make_plan(num_rows: int, batch_size: int, epochs: int, max_steps: int | None
         UserError: fewer rows than one batch.
     """
     if num_rows < batch_size:
-        raise UserError(f"train.batch_size={batch_size} examples per step, but the store has {num_rows} rows")
+        raise UserError(f"train.batch_size={batch_size} examples per step, but the store has {num_rows} rows: lower it")
     num_steps = num_rows // batch_size * epochs
     return Plan(num_rows, batch_size, min(num_steps, max_steps or num_steps), seed)
 

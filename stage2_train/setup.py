@@ -172,12 +172,24 @@ def _checkpoint(config: TrainConfig, output: Path) -> Path | None:
 def _refuse_other_settings(job: Job) -> None:
     """Refuse to go on from a checkpoint of a run with other settings."""
     if job.checkpoint is None:
+        _refuse_other_config(job)
         return
     state = read_state(job.checkpoint)
     for name, value in layout(job.config).items():
         if state[name] != value:
             raise UserError(f"{job.checkpoint} was saved with {name}={state[name]}, this run has {value}: use the same")
-    stored = state["settings"]
+    _refuse_differences(job, str(job.checkpoint), state["settings"])
+
+
+def _refuse_other_config(job: Job) -> None:
+    """Refuse to overwrite a run with other settings that was stopped before its first checkpoint."""
+    path = job.output / "config.yaml"
+    if path.is_file() and metrics_path(job.output).is_file():
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]
+        _refuse_differences(job, str(job.output), {"scores_key": job.cache.key, **stored})
+
+
+def _refuse_differences(job: Job, place: str, stored: dict[str, Any]) -> None:
     differing = [
         f"train.{name}: {stored.get(name)!r} there, {value!r} now"
         for name, value in job.settings().items()
@@ -185,6 +197,6 @@ def _refuse_other_settings(job: Job) -> None:
     ]
     if differing:
         raise UserError(
-            f"{job.checkpoint} is of a run with other settings ({'; '.join(differing)}): give another train.output, "
-            "or the settings of that run"
+            f"{place} is of a run with other settings ({'; '.join(differing)}): give another train.output, the "
+            f"settings of that run, or remove {job.output} to start over"
         )

@@ -165,7 +165,7 @@ class Trainer:
             if self.world.rank == 0:
                 append_line(eval_path(self.job.output), asdict(result))
                 supported = "none" if result.nll_supported is None else f"{result.nll_supported:.4f}"
-                print(f"evaluation after step {step} on {name}: nll {result.nll:.4f}, supported targets {supported}")
+                print(f"evaluation after step {step} on {name}: nll {result.nll:.4f}, of supported targets {supported}")
 
     def _save(self, step: int) -> None:
         state = {**layout(self.config), "settings": self.job.settings()}

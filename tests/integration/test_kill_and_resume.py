@@ -63,6 +63,23 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(
     assert "holds a run already" in never.output
 
 
+def test_a_run_stopped_before_its_first_checkpoint_is_not_overwritten_by_another(
+    demo_store: Path, train_cases: Callable[..., Finished], pipeline: Path, tmp_path: Path
+):
+    case = training(demo_store, tmp_path / "run", 1)
+    assert train_cases([case]).code == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    written = metrics_of(tmp_path / "run")
+    other = finish(deepspeed_command(1, *case, "train.seed=5", pipeline=pipeline))
+    assert other.code == 2
+    assert "train.seed: 0 there, 5 now" in other.output
+    assert metrics_of(tmp_path / "run") == written
+    again = train_cases([case])
+    assert again.code == 0, again.output
+    assert "starts over at step 1" in again.output
+    assert metrics_of(tmp_path / "run") == written
+
+
 def test_a_full_disk_ends_the_run_with_one_line_and_a_rerun_goes_on(demo_store: Path, pipeline: Path, tmp_path: Path):
     """A limit on the size of a file stands in for the full disk."""
     run = tmp_path / "run"
