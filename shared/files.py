@@ -33,11 +33,7 @@ def sha256_of_json(value: Any) -> str:
 def sync_tree(path: Path) -> None:
     """Flush a file, or every file and folder below a folder, to the disk."""
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_entry(entry)
 
 
 @contextmanager
@@ -52,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         sync_tree(temporary)
         temporary.replace(path)
-        sync_folder(path.parent)
+        sync_entry(path.parent)
     except BaseException:
         remove(temporary)
         raise
@@ -95,7 +91,7 @@ def create_json(path: Path, value: Any) -> bool:
         return False
     finally:
         temporary.unlink()
-    sync_folder(path.parent)
+    sync_entry(path.parent)
     return True
 
 
@@ -114,9 +110,9 @@ def probe_writable(folder: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's own entries to the disk: after a rename in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_entry(path: Path) -> None:
+    """Flush one file, or a folder's own entries after a rename in it, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

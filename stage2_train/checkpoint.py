@@ -17,7 +17,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from safetensors import SafetensorError
 
 from shared.errors import UserError
-from shared.files import remove, replacing, sync_folder, sync_tree
+from shared.files import remove, replacing, sync_entry, sync_tree
 from stage2_train.distributed import World
 
 _STATE_NAME = "trainer.json"
@@ -37,11 +37,9 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         try:
             super().save(state_dict, path)
-        except OSError as error:
-            self.error = UserError(f"{path}: the checkpoint cannot be written ({error}); older ones are as they were")
-        except RuntimeError as error:
-            # A full disk reaches torch's writer as this, without an errno.
-            if "write" not in str(error).lower():
+        except (OSError, RuntimeError) as error:
+            # A full disk reaches torch's writer as a RuntimeError, without an errno.
+            if isinstance(error, RuntimeError) and "write" not in str(error).lower():
                 raise
             self.error = UserError(f"{path}: the checkpoint cannot be written ({error}); older ones are as they were")
 
@@ -89,7 +87,7 @@ def save_checkpoint(engine: Any, run: Path, step: int, state: dict[str, Any], wo
         (temporary / _STATE_NAME).write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
         sync_tree(temporary)
         temporary.replace(folder)
-        sync_folder(folder.parent)
+        sync_entry(folder.parent)
     world.barrier()
 
 
