@@ -1,12 +1,15 @@
 """The statistics against float64, by error budget, and against values that can be written down."""
 
 import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
-from shared.statistics import statistics_in_chunks, token_statistics
+from shared.statistics import VocabShard, statistics_in_chunks, token_statistics
 
 ALL = ("logprob", "mass_rank", "entropy", "entropy_top20", "collision")
 
@@ -133,6 +136,7 @@ def test_uniform_distribution(vocab_size: int):
 
 def test_only_the_columns_asked_for():
     assert list(token_statistics(torch.zeros(1, 3), torch.tensor([0]), ["entropy"])) == ["entropy"]
+    assert token_statistics(torch.zeros(1, 3), torch.tensor([0]), []) == {}
     with pytest.raises(ValueError, match="perplexity"):
         token_statistics(torch.zeros(1, 3), torch.tensor([0]), ["perplexity"])
 
@@ -179,4 +183,125 @@ def test_a_single_row_may_exceed_the_bound():
 def test_no_targets_give_empty_columns():
     none = torch.zeros(0, dtype=torch.int64)
     ours = statistics_in_chunks(torch.zeros(0, 3), none, ALL, lambda rows: rows, 3, 1 << 20)
+    assert {column: tuple(values.shape) for column, values in ours.items()} == dict.fromkeys(ALL, (0,))
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_a_target_outside_the_vocabulary_is_an_error(wrong: int):
+    with pytest.raises((IndexError, RuntimeError)):
+        token_statistics(torch.zeros(1, 3), torch.tensor([wrong]), ALL)
+
+
+class Ranks:
+    """Ranks as threads: each reduction waits for all of them, and works in place."""
+
+    def __init__(self, widths: Sequence[int]):
+        self.widths = widths
+        self.log: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in widths]
+        """Of each rank, the reductions it took part in and the shapes of their tensors."""
+        self._barrier = threading.Barrier(len(widths), timeout=30)
+        self._given: list[Tensor] = [torch.empty(0) for _ in widths]
+
+    def shard(self, rank: int) -> VocabShard:
+        def maximum_without_nan(parts: Tensor) -> Tensor:  # As an all-reduce may do it.
+            return parts.masked_fill(parts.isnan(), -math.inf).amax(0)
+
+        return VocabShard(
+            start=sum(self.widths[:rank]),
+            rank=rank,
+            size=len(self.widths),
+            all_max=self._reduction(rank, "max", maximum_without_nan),
+            all_sum=self._reduction(rank, "sum", lambda parts: parts.sum(0)),
+        )
+
+    def _reduction(self, rank: int, name: str, reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def all_reduce(tensor: Tensor) -> Tensor:
+            self.log[rank].append((name, tuple(tensor.shape)))
+            self._given[rank] = tensor.clone()
+            self._barrier.wait()
+            tensor.copy_(reduce(torch.stack(self._given)))
+            self._barrier.wait()
+            return tensor
+
+        return all_reduce
+
+    def run(self, work: Callable[[int, VocabShard], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The result of all ranks, which must be one and the same."""
+        with ThreadPoolExecutor(len(self.widths)) as threads:
+            results = list(threads.map(lambda rank: work(rank, self.shard(rank)), range(len(self.widths))))
+        for result in results[1:]:
+            for column, values in result.items():
+                torch.testing.assert_close(values, results[0][column], rtol=0, atol=0, equal_nan=True)
+        return results[0]
+
+    def statistics(self, logits_NV: Tensor, targets_N: Tensor, columns: Sequence[str] = ALL) -> dict[str, Tensor]:
+        slices = logits_NV.split(list(self.widths), dim=1)
+        return self.run(lambda rank, shard: token_statistics(slices[rank], targets_N, columns, shard))
+
+
+def sharded_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits (N, 101), one row for each of the targets 0 to 100, and rows with ties, -inf, and extreme targets."""
+    generator = torch.Generator().manual_seed(0)
+    logits_NV = torch.randn(110, 101, generator=generator, dtype=dtype) * 6
+    targets_N = torch.arange(110) % 101
+    logits_NV[:30] = logits_NV[:30].round()
+    logits_NV[30:40, :50] = logits_NV[40:50, 60:] = -math.inf
+    logits_NV[101] = 2.5
+    logits_NV[102, 1], logits_NV[103, 2] = 60.0, -800.0
+    logits_NV[104] = -math.inf
+    logits_NV[104, 3] = 1.0
+    logits_NV[105, 5:] = -math.inf
+    return logits_NV, targets_N
+
+
+WIDTHS = [(101,), (50, 51), (1, 100), (60, 7, 34), (19, 21, 20, 41), (40, 0, 61), (50, 51, 0)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_slices_of_the_vocabulary_do_not_matter(widths: tuple[int, ...], dtype: torch.dtype, tolerance: float):
+    logits, targets = sharded_rows(dtype)
+    ours, whole = Ranks(widths).statistics(logits, targets), token_statistics(logits, targets, ALL)
+    for column in ALL:
+        assert ours[column].dtype == dtype
+        torch.testing.assert_close(ours[column], whole[column], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize(
+    "values", [{7: math.nan}, {55: math.nan}, {7: math.inf}, {55: math.inf}, dict.fromkeys(range(101), -math.inf)],
+    ids=["nan", "nan of the target", "+inf", "+inf of the target", "no mass"],
+)  # fmt: skip
+def test_sliced_rows_without_a_softmax_are_nan_in_every_column(widths: tuple[int, ...], values: dict[int, float]):
+    logits = torch.randn(2, 101)
+    logits[0, list(values)] = torch.tensor(list(values.values()))
+    ours = Ranks(widths).statistics(logits, torch.tensor([55, 55]))
+    assert all(math.isnan(ours[column][0].item()) for column in ALL), ours
+    assert all(math.isfinite(ours[column][1].item()) for column in ALL), ours
+
+
+@pytest.mark.parametrize("columns", [ALL, ("mass_rank",), ("logprob", "mass_rank", "entropy", "collision"), ()])
+def test_a_chunk_takes_one_maximum_and_one_sum_and_no_logits_travel(columns: tuple[str, ...]):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(7, 5, generator=generator), torch.randn(5, 101, generator=generator)
+    targets = torch.tensor([0, 100, 50, 59, 60, 66, 67])
+    ranks = Ranks((60, 7, 34))
+    heads = head.split(list(ranks.widths), dim=1)
+    bound = 3 * 4 * max(ranks.widths)  # Three rows a chunk: 3, 3 and 1.
+    chunked = ranks.run(
+        lambda rank, shard: statistics_in_chunks(
+            hidden, targets, columns, lambda rows: rows @ heads[rank], max(ranks.widths), bound, shard
+        )
+    )
+    num_sums = 25 if "entropy_top20" in columns else 5
+    expected = [call for n in (3, 3, 1) for call in (("max", (n,)), ("sum", (n, 3, num_sums)))] if columns else []
+    assert ranks.log == [expected] * 3
+    whole = token_statistics(hidden @ head, targets, columns)
+    for column in columns:
+        torch.testing.assert_close(chunked[column], whole[column], rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_without_targets_still_meet():
+    ranks = Ranks((2, 1))
+    ours = ranks.statistics(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
     assert {column: tuple(values.shape) for column, values in ours.items()} == dict.fromkeys(ALL, (0,))
