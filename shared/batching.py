@@ -1,4 +1,4 @@
-"""Grouping examples into padded batches of bounded size. Imports no torch."""
+"""Grouping examples into batches of bounded size. Imports no torch."""
 
 from collections.abc import Sequence
 
@@ -27,6 +27,22 @@ def bounded_batches(
         if not batches or size * longest > max_tokens or (max_examples is not None and size > max_examples):
             batches.append([])
             longest = lengths[index]
+        batches[-1].append(index)
+    return batches
+
+
+def bounded_packs(lengths: Sequence[int], order: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cut an order of examples into batches that are laid end to end: as `bounded_batches`, the bound is on the sum.
+
+    Example: lengths [5, 9, 4], order [1, 0, 2], max_tokens 14 gives [[1, 0], [2]].
+    """
+    batches: list[list[int]] = []
+    num_tokens = 0
+    for index in order:
+        num_tokens += lengths[index]
+        if not batches or num_tokens > max_tokens:
+            batches.append([])
+            num_tokens = lengths[index]
         batches[-1].append(index)
     return batches
 

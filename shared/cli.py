@@ -23,19 +23,27 @@ def exit_code_of(command: Callable[[], None], program: str) -> int:
     """
     try:
         command()
-    except UserError as error:
-        return _report(f"{program}: {error}", USER_MISTAKE)
     except CheckFailed as error:
         return _report(f"{program}: {error}", CHECK_FAILED)
     except KeyboardInterrupt:
         return _report(
             f"{program}: stopped; the same command goes on from the last finished shard or checkpoint", STOPPED
         )
-    except OSError as error:
-        if error.errno not in _USER_ERRNOS:
+    except (UserError, OSError) as error:
+        mistake = mistake_in_words(error)
+        if mistake is None:
             raise
-        return _report(f"{program}: {error.strerror}: {error.filename or 'while writing'}", USER_MISTAKE)
+        return _report(f"{program}: {mistake}", USER_MISTAKE)
     return DONE
+
+
+def mistake_in_words(error: Exception) -> str | None:
+    """What the user can mend, such as a full disk, as one message; None where the error is no mistake of the user."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
+        return f"{error.strerror}: {error.filename or 'while writing'}"
+    return None
 
 
 def _report(message: str, code: int) -> int:

@@ -5,7 +5,7 @@ Every field states its meaning and unit; unknown keys are refused with the neare
 
 import difflib
 from datetime import date
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -38,6 +38,24 @@ DEEPSPEED_KEYS_OF_THE_USER = (
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
 """Sections of DeepSpeed's config that `train.deepspeed` may hold. DeepSpeed itself ignores a misspelt one."""
+
+
+VLLM_KEYS_OF_SCORE = {
+    "model": "prior.model",
+    "revision": "prior.revision",
+    "trust_remote_code": "prior.trust_remote_code",
+    "dtype": "prior.dtype",
+    "max_model_len": "data.max_length",
+    "max_num_batched_tokens": "score.batch_tokens",
+    "tensor_parallel_size": "score.tensor_parallel",
+    "runner": "nothing: the prior runs as a pooling model",
+    "convert": "nothing: the prior runs as a pooling model",
+    "enable_prefix_caching": "nothing: a cached prefix has no statistics",
+    "skip_tokenizer_init": "nothing: the engine sees token ids only",
+    "additional_config": "nothing: it carries the columns to the workers",
+    "load_format": "nothing: only safetensors are read",
+}
+"""Arguments of `vllm.LLM` that the vLLM engine sets itself, and what to set instead."""
 
 
 class _Strict(BaseModel):
@@ -107,9 +125,10 @@ class PriorConfig(_Strict):
     """Commit, tag or branch of a hub id; the commit it resolves to is recorded."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of the weights; `auto` is float32 on a CPU and bfloat16 on CUDA. The head is always float32 out."""
-    compute_dtype: Literal["auto", "weights", "float64"] = "auto"
-    """Dtype of the forward pass. `weights`: that of the weights. `float64`: exact to about 2e-6, at half the speed
-    and twice the memory of float32, which is off by up to 5e-5. `auto`: float64 for float32 weights on a CPU."""
+    compute_dtype: Literal["auto", "weights", "float64", "float64_products"] = "auto"
+    """Dtype of the forward pass. `weights`: that of the weights. `float64` (transformers): exact to about 2e-6, at half
+    the speed and twice the memory of float32, which is off by up to 5e-5. `float64_products` (vLLM): matrix products
+    in float64, all else in float32, off by about 1e-5. `auto`: the last two for float32 weights on a CPU."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: such models are refused."""
 
@@ -119,20 +138,51 @@ class ScoreConfig(_Strict):
 
     output: str | None = None
     """Folder of the score store. Required by `prift-score`."""
-    engine: Literal["auto", "transformers"] = "auto"
-    """What runs the prior; `auto` is transformers, or what the store began with."""
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
+    """What runs the prior. `auto`: what the store began with; else vLLM on CUDA where it is installed and knows the
+    model, and transformers elsewhere."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     batch_tokens: int = Field(default=16384, ge=16)
-    """Tokens of a forward pass, padding included; a longer row goes alone."""
-    logits_mebibytes: int = Field(default=64, ge=1)
-    """No logits tensor is larger than so many MiB (one row of logits at least)."""
+    """Tokens of a forward pass, padding included. transformers: a longer row goes alone; vLLM: it goes in pieces."""
+    padding_free: Literal["auto"] | bool = "auto"
+    """transformers: rows laid end to end, variable-length attention. `auto`: on CUDA, for the models that allow it."""
+    logits_mebibytes: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """No logits tensor is larger than so many MiB (one row of logits at least). `auto`: 1024 on CUDA, where a product
+    of fewer rows is slow; 64 on a CPU."""
     columns: tuple[Column, ...] = DEFAULT_COLUMNS
     """Statistics to store; `entropy_top20` and `collision` serve the rules `entropy` and `deft`."""
     shard_rows: int = Field(default=2048, ge=1)
     """Source rows of a shard, the unit of resuming: a killed run loses at most the shard it was in."""
     rehash: bool = False
     """Hash the data files again on a resume; else size and modification time are compared."""
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Processes that score shards side by side. `auto`: one for each visible GPU (for each `tensor_parallel` of them);
+    one on a CPU; with ray, as many as the cluster has GPUs for."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """vLLM: GPUs that share one copy of the model. More than 1 only where the model does not fit into one."""
+    part: str | None = Field(default=None, pattern=r"^\d+/[1-9]\d*$")
+    """`K/N`: score the shards i with i mod N = K only, K from 0; for job arrays on a shared file system, any order."""
+    launcher: Literal["local", "ray"] = "local"
+    """What starts the workers: processes of this machine, or Ray actors (the extra `ray`)."""
+    ray_address: str | None = None
+    """Address of a Ray cluster, or `auto`; None starts Ray on this machine."""
+    vllm: dict[str, Any] = {}
+    """Arguments of `vllm.LLM`, passed on verbatim but for those that the engine sets itself."""
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> Self:
+        for key in self.vllm.keys() & VLLM_KEYS_OF_SCORE.keys():
+            raise ValueError(f"score.vllm.{key} is set by the engine; set {VLLM_KEYS_OF_SCORE[key]} instead")
+        if self.part is not None:
+            index, count = map(int, self.part.split("/"))
+            if index >= count:
+                raise ValueError(f"score.part={self.part}: parts count from 0, so the last is {count - 1}/{count}")
+        return self
+
+    def logits_bytes(self, device: str) -> int:
+        """`logits_mebibytes` resolved for a device, cpu or cuda, in bytes."""
+        return (self.logits_mebibytes if self.logits_mebibytes != "auto" else 1024 if device == "cuda" else 64) << 20
 
     @model_validator(mode="after")
     def _has_logprob(self) -> Self:

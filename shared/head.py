@@ -12,6 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import UserError
+from shared.padding import Boundaries
+
+
+def float32_product(rows_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """rows @ weight.T (N, V), accumulated and given in float32 from operands of any dtype; float64 of float64 ones."""
+    if rows_ND.dtype in (torch.float32, torch.float64):
+        return rows_ND @ weight_VD.t()
+    if rows_ND.is_cuda:
+        return torch.mm(rows_ND, weight_VD.t(), out_dtype=torch.float32)
+    return rows_ND.float() @ weight_VD.float().t()
 
 
 class _Float32Product(torch.autograd.Function):
@@ -20,9 +30,7 @@ class _Float32Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, weight_VD: Tensor) -> Tensor:
         ctx.save_for_backward(rows_ND, weight_VD)
-        if rows_ND.is_cuda and rows_ND.dtype != torch.float32:
-            return torch.mm(rows_ND, weight_VD.t(), out_dtype=torch.float32)
-        return rows_ND.float() @ weight_VD.float().t()
+        return float32_product(rows_ND, weight_VD)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,13 +69,15 @@ def prepare_head(model: Any) -> None:
     head.__class__ = Float32Head
 
 
-def hidden_states(model: Any, input_ids_BT: Tensor) -> Tensor:
-    """Last hidden states (B, T, D) of a right-padded batch.
+def hidden_states(model: Any, input_ids_BT: Tensor, boundaries: Boundaries | None = None) -> Tensor:
+    """Last hidden states (B, T, D) of a right-padded batch, or of a packed one with its boundaries.
 
-    No attention mask is passed: in a causal model no token sees what stands to its right, so padding on the
-    right reaches no real token, and attention keeps its fast causal path.
+    No attention mask is passed. In a causal model no token sees what stands to its right, so padding on the
+    right reaches no real token, and attention keeps its fast causal path; examples of a packed batch are kept apart
+    by `shared.packed_attention`, which the model must have been switched to.
     """
-    return model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+    arguments = {} if boundaries is None else boundaries.model_arguments()
+    return model.base_model(input_ids=input_ids_BT, use_cache=False, **arguments).last_hidden_state
 
 
 def logits_of_hidden(model: Any, hidden_ND: Tensor) -> Tensor:

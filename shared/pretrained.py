@@ -65,6 +65,17 @@ def vocab_rows_of(config: dict[str, Any]) -> int:
     return int(config.get("vocab_size") or config["text_config"]["vocab_size"])
 
 
+def rope_type_of(config: dict[str, Any]) -> str:
+    """Kind of rotary embedding, as a config.json says.
+
+    With `dynamic` and `longrope` the frequencies of a row depend on the longest row beside it, and with `dynamic` on
+    those that went before.
+    """
+    text = config.get("text_config") or config
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
 def find_pretrained(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PretrainedFiles:
     """Find a model on the disk, or fetch it from the hub (offline settings of huggingface_hub are honoured).
 
@@ -123,9 +134,12 @@ def load_causal_lm(files: PretrainedFiles, dtype: Any) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    text_config = files.config().get("text_config") or files.config()
+    # transformers' default attention drops the soft-capping of attention logits (Gemma 2) without a word.
+    attention = {"attn_implementation": "eager"} if text_config.get("attn_logit_softcapping") else {}
     try:
         return AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, use_safetensors=True, trust_remote_code=files.trust_remote_code
+            files.folder, dtype=dtype, use_safetensors=True, trust_remote_code=files.trust_remote_code, **attention
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{files.name}: the model cannot be loaded: {first_line(error)}") from error

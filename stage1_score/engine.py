@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
+
+from shared.errors import UserError
 from shared.shards import ScoredRow
 from stage1_score.tokenization import TokenizedExample
 
@@ -31,3 +34,27 @@ class Engine(Protocol):
             UserError: a statistic is not finite; names the row.
         """
         ...
+
+    def close(self) -> None:
+        """End the engine's own processes, if it has any."""
+        ...
+
+
+def scored_row(example: TokenizedExample, columns: Sequence[str], values_CN: np.ndarray) -> ScoredRow:
+    """An example with its statistics.
+
+    Args:
+        values_CN: float32, one row per column, one value per target.
+
+    Raises:
+        UserError: a statistic is not finite; names the row.
+    """
+    finite_N = np.isfinite(values_CN).all(axis=0)
+    if not finite_N.all():
+        position = example.target_positions[int(np.argmin(finite_N))]
+        raise UserError(
+            f"row {example.row_id!r} (source_index {example.source_index}): the prior gives a number that is not "
+            f"finite to token {position}; try prior.dtype=float32"
+        )
+    statistics = {column: values_CN[index] for index, column in enumerate(columns)}
+    return ScoredRow(example.row_id, example.source_index, example.input_ids, example.target_positions, statistics)

@@ -2,7 +2,21 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+_CROSS_CHECK_OPTIONS = """\
+options, as key=value words:
+  rows=64                          rows to score again, spread evenly over the store; all where it holds fewer
+  thresholds=[0.3, 0.5, 0.7, 0.9]  thresholds at which the decisions of PriFT-mass are compared
+  engine=transformers|vllm         what scores again; default: the engine that did not make the store
+  model=PATH                       where the prior lies now, a folder or hub id; default: where the store says
+  tolerance=NATS                   largest p99 of |logprob difference|; default: 0.15 for bfloat16, 0.02 for float16,
+                                   0.0001 for float32, by the coarser of the two forward passes
+  device=auto|cpu|cuda             auto takes CUDA where there is one
+  batch_tokens=16384               tokens of a forward pass, padding included
+  trust_remote_code=false          run Python code that comes with the model
+"""
 
 
 def main() -> None:
@@ -11,11 +25,27 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verify = verbs.add_parser("verify", help="reread every page and check every row; exit 3 with the first offenders")
     verify.add_argument("store", type=Path)
+    meaning = "score a sample of the rows again by the other engine; exit 3 where the numbers differ too much"
+    check = verbs.add_parser(
+        "cross-check",
+        help=meaning,
+        description=f"{meaning[0].upper()}{meaning[1:]}.",
+        epilog=_CROSS_CHECK_OPTIONS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("store", type=Path, help="folder of the score store, finished or not")
+    check.add_argument("options", nargs="*", metavar="key=value", help="see below")
     arguments = parser.parse_args()
 
     from shared.cli import exit_code_of
 
-    sys.exit(exit_code_of(lambda: _verify(arguments.store), "prift-inspect"))
+    def command() -> None:
+        if arguments.verb == "verify":
+            _verify(arguments.store)
+        else:
+            _cross_check(arguments.store, arguments.options)
+
+    sys.exit(exit_code_of(command, "prift-inspect"))
 
 
 def _verify(store: Path) -> None:
@@ -26,6 +56,12 @@ def _verify(store: Path) -> None:
     if result.problems:
         raise CheckFailed("\n  ".join([f"{store} does not hold:", *result.problems]))
     print(f"{store}: {result.num_rows:,} rows, {result.num_targets:,} targets, all pages and invariants hold")
+
+
+def _cross_check(store: Path, options: Sequence[str]) -> None:
+    from stage1_score.cross_check import cross_check, parse_options
+
+    cross_check(store, parse_options(options))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ row is dropped with the reason; a mask is never guessed.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -41,6 +42,9 @@ class DroppedRow:
     reason: str
     breaks_template: bool
     """Whether the chat template is to blame, rather than the row."""
+
+    def __str__(self) -> str:
+        return f"row {self.row_id!r} (source_index {self.source_index}): {self.reason}"
 
 
 class _TemplateMisfit(Exception):
@@ -187,6 +191,15 @@ class RowTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+
+def tokenize_rows(
+    examples: Iterable[Example], row_tokenizer: RowTokenizer
+) -> tuple[list[TokenizedExample], list[DroppedRow]]:
+    """Kept and dropped rows, each in order."""
+    results = [row_tokenizer.tokenize(example) for example in examples]
+    kept = [result for result in results if isinstance(result, TokenizedExample)]
+    return kept, [result for result in results if isinstance(result, DroppedRow)]
 
 
 def _is_unicode(content: Conversation | PromptCompletion | TokenIds) -> bool:

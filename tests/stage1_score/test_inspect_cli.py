@@ -59,3 +59,25 @@ def test_another_schema_version_is_exit_2(prift_inspect, store: Path):
 def test_an_unknown_verb_is_exit_2(prift_inspect):
     assert prift_inspect("frobnicate").code == 2
     assert prift_inspect().code == 2
+
+
+def test_the_help_lists_every_option(prift_inspect):
+    from stage1_score.cross_check import CrossCheckOptions
+
+    outcome = prift_inspect("cross-check", "--help")
+    assert outcome.code == 0
+    for name in CrossCheckOptions.model_fields:
+        assert f"\n  {name}=" in outcome.stdout
+
+
+def test_a_wrong_option_is_exit_2(prift_inspect, store: Path):
+    outcome = prift_inspect("cross-check", store, "row=8")
+    assert outcome.code == 2
+    assert outcome.stderr == "prift-inspect: unknown key row; the nearest known one is rows\n"
+    assert outcome.stdout == ""
+
+
+def test_no_store_to_cross_check_is_exit_2(prift_inspect, tmp_path: Path):
+    outcome = prift_inspect("cross-check", tmp_path / "nowhere")
+    assert outcome.code == 2
+    assert "expected a score store" in outcome.stderr

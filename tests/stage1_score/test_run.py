@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import stage1_score.run as run_module
+import stage1_score.score_shard as shard_module
 from shared.shards import shard_path
 from stage1_score.transformers_engine import TransformersEngine
 
@@ -45,15 +46,16 @@ def score(prift_score, data: Path, store: Path, plain_prior: Path) -> Callable[.
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """Files of a store; how its runs went is not part of it."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if ".metrics." not in path.name}
 
 
 def test_a_whole_run(score, store: Path, read_store, prift_inspect):
     outcome = score()
     assert outcome.code == 0, outcome.stderr
     assert sorted(path.name for path in store.iterdir()) == [
-        "shard-00000.dropped.jsonl", "shard-00000.parquet", "shard-00001.dropped.jsonl", "shard-00001.parquet",
-        "shard-00002.dropped.jsonl", "shard-00002.parquet", "store.json",
+        "score.metrics.jsonl", "shard-00000.dropped.jsonl", "shard-00000.parquet", "shard-00001.dropped.jsonl",
+        "shard-00001.parquet", "shard-00002.dropped.jsonl", "shard-00002.parquet", "store.json",
     ]  # fmt: skip
     rows = read_store(store)
     assert [row["row_id"] for row in rows] == [f"r{n}" for n in range(10)]
@@ -171,7 +173,7 @@ def test_a_run_that_is_killed_inside_a_write_goes_on(score, store: Path, monkeyp
     class Killed(BaseException):
         pass
 
-    write = run_module.write_shard
+    write = shard_module.write_shard
 
     def write_two_then_die(store: Path, index: int, *arguments: Any) -> Any:
         if index == 2:
@@ -179,10 +181,10 @@ def test_a_run_that_is_killed_inside_a_write_goes_on(score, store: Path, monkeyp
             raise Killed
         return write(store, index, *arguments)
 
-    monkeypatch.setattr(run_module, "write_shard", write_two_then_die)
+    monkeypatch.setattr(shard_module, "write_shard", write_two_then_die)
     with pytest.raises(Killed):
         score()
-    monkeypatch.setattr(run_module, "write_shard", write)
+    monkeypatch.setattr(shard_module, "write_shard", write)
     # What the dead process was: here it is this one that lives on, so the name is given to one that does not.
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

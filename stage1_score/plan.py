@@ -1,0 +1,162 @@
+"""The plan of a scoring run: what the store is, which shards are missing, and what is needed to score them."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from shared.config import Config
+from shared.errors import UserError
+from shared.files import probe_writable, remove_stale_temporaries
+from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer, vocab_rows_of
+from shared.score_store import MANIFEST_NAME, DataFile, Manifest, Source, create_or_match, read_manifest
+from shared.shards import dropped_path, read_footer, shard_path
+from stage1_score.choose_engine import choose_dtypes, choose_engine
+from stage1_score.examples import RowFormat
+from stage1_score.identity import build_manifest
+from stage1_score.raw_rows import expand_paths
+from stage1_score.read import detect_format, read_rows, scan_source
+from stage1_score.tokenization import TEMPLATE_REASON, RowTokenizer, choose_template, marked_text, tokenize_rows
+
+_SAMPLE_ROWS = 2000
+_MOST_MISFITS = 0.01
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a run needs to know before it loads the prior."""
+
+    store: Path
+    manifest: Manifest
+    row_format: RowFormat
+    row_tokenizer: RowTokenizer
+    files: PretrainedFiles
+    missing: list[int]
+    """Shards that are not there yet, of this run's part."""
+
+
+def make_plan(config: Config, command: Sequence[str]) -> Plan:
+    """Read the data once, compare with the store that is there, and print what will be done."""
+    if config.prior.model is None or config.score.output is None:
+        missing = "prior.model" if config.prior.model is None else "score.output"
+        raise UserError(f"expected {missing}; got none")
+    store = Path(config.score.output)
+    paths = expand_paths(config.data)
+    files = find_pretrained(config.prior.model, config.prior.revision, config.prior.trust_remote_code)
+    row_format = detect_format(paths, config.data, vocab_rows_of(files.config()))
+    tokenizer = load_tokenizer(files)
+    template = choose_template(config.data, row_format.name, tokenizer)
+    found = read_manifest(store) if (store / MANIFEST_NAME).is_file() else None
+    source = _source(config, paths, row_format, found.source if found else None)
+    engine = choose_engine(config, files.config(), found.identity.engine if found else None)
+    wanted = build_manifest(config, files, tokenizer, source, template, choose_dtypes(config, engine), engine)
+    stop_ids = frozenset(wanted.stop_token_ids)
+    row_tokenizer = RowTokenizer(tokenizer, config.data, template, stop_ids, wanted.vocab_size)
+    print(f"data: {row_format.name} rows, template {template}, targets {config.data.targets}")
+    _note_positions(files, config.data.max_length)
+    if found is None:
+        _preview(store, source, row_format, row_tokenizer, tokenizer, len(config.score.columns))
+    probe_writable(store)
+    manifest = wanted if found is None else create_or_match(store, wanted, command)
+    # The store may name the files as another start saw them: read them where they are now.
+    manifest = manifest.model_copy(update={"source": source})
+    remove_stale_temporaries(store)
+    missing = [index for index in range(source.num_shards) if not _is_done(store, manifest, index)]
+    done = f"{store}: {source.num_shards - len(missing)} of {source.num_shards} shards done"
+    if config.score.part is not None:
+        part, count = map(int, config.score.part.split("/"))
+        missing = [index for index in missing if index % count == part]
+        done += f", part {config.score.part}"
+    print(f"{done}, {len(missing)} to score")
+    return Plan(store, manifest, row_format, row_tokenizer, files, missing)
+
+
+def plan_of_manifest(config: Config, manifest: Manifest) -> Plan:
+    """The plan of a worker: all is settled by the manifest, nothing is hashed, printed or compared again."""
+    assert config.prior.model is not None and config.score.output is not None  # noqa: PT018
+    files = find_pretrained(config.prior.model, config.prior.revision, config.prior.trust_remote_code)
+    paths = [Path(file.path) for file in manifest.source.files]
+    row_format = detect_format(paths, config.data, manifest.vocab_size)
+    row_tokenizer = RowTokenizer(
+        load_tokenizer(files), config.data, manifest.identity.template, frozenset(manifest.stop_token_ids),
+        manifest.vocab_size,
+    )  # fmt: skip
+    return Plan(Path(config.score.output), manifest, row_format, row_tokenizer, files, [])
+
+
+def _source(config: Config, paths: list[Path], row_format: RowFormat, found: Source | None) -> Source:
+    """The source as it is now; files whose size and time are those recorded are not read again."""
+    data, score = config.data, config.score
+    recorded = () if found is None or score.rehash else found.files
+    is_known = len(recorded) == len(paths) and all(map(_is_unchanged, recorded, paths))
+    if found is None or not is_known:
+        return scan_source(paths, row_format, data.limit, score.shard_rows)
+    return Source(format=row_format.name, columns=row_format.columns_read(), limit=data.limit, files=recorded,
+                  shard_rows=score.shard_rows)  # fmt: skip
+
+
+def _is_unchanged(file: DataFile, path: Path) -> bool:
+    stat = path.stat()
+    return (file.path, file.size, file.mtime_ns) == (str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def _preview(
+    store: Path, source: Source, row_format: RowFormat, row_tokenizer: RowTokenizer, tokenizer: Any, num_columns: int
+) -> None:
+    """Tokenise the first rows: refuse what cannot work, print an example and the estimated size."""
+    num_sampled = min(source.num_rows, _SAMPLE_ROWS)
+    sampled = islice(read_rows(source, row_format, range(num_sampled)), num_sampled)
+    kept, dropped = tokenize_rows(sampled, row_tokenizer)
+    misfits = [row for row in dropped if row.breaks_template]
+    refuse_misfits(len(misfits), num_sampled, str(misfits[0]) if misfits else None)
+    if not kept and num_sampled == source.num_rows:
+        raise UserError(
+            f"no row left with a target: all {num_sampled} rows were dropped, the first because of: {dropped[0].reason}"
+        )
+    for example in kept[:1]:
+        print(f"first row, {len(example.input_ids)} tokens, targets marked:\n{marked_text(example, tokenizer)}")
+    share = source.num_rows / num_sampled
+    num_tokens = round(share * sum(len(example.input_ids) for example in kept))
+    num_targets = round(share * sum(len(example.target_positions) for example in kept))
+    num_bytes = 2 * num_tokens + 4 * num_columns * num_targets
+    about = "" if num_sampled == source.num_rows else "about "
+    print(
+        f"{source.num_rows:,} rows, {about}{num_targets:,} targets in {num_tokens:,} tokens, "
+        f"about {num_bytes / 1e6:,.1f} MB to write"
+    )
+    parent = next(folder for folder in [store, *store.resolve().parents] if folder.is_dir())
+    if num_bytes > shutil.disk_usage(parent).free:
+        raise UserError(f"{store}: about {num_bytes / 1e6:,.0f} MB are needed, more than the disk has free")
+
+
+def _note_positions(files: PretrainedFiles, max_length: int) -> None:
+    positions = files.config().get("max_position_embeddings")
+    if positions and max_length > positions:
+        print(f"note: data.max_length={max_length} is more than the {positions} positions the prior was made for")
+
+
+def refuse_misfits(num_misfits: int, num_rows: int, example: str | None) -> None:
+    """Stop where more than 1 % of all rows do not fit the chat template: the template is wrong, not the rows.
+
+    Args:
+        example: one of them in words.
+    """
+    if num_misfits > _MOST_MISFITS * num_rows:
+        raise UserError(
+            f"{num_misfits} of {num_rows} rows do not fit the chat template, more than 1 %; such as {example}"
+        )
+
+
+def listed_misfits(plan: Plan) -> int:
+    """Rows of the finished shards that did not fit the chat template: they count towards the limit of a resumed run."""
+    shards = range(plan.manifest.source.num_shards)
+    done = [index for index in shards if shard_path(plan.store, index).is_file()]
+    texts = (dropped_path(plan.store, index).read_text(encoding="utf-8") for index in done)
+    return sum(f'"reason": "{TEMPLATE_REASON}: ' in line for text in texts for line in text.splitlines())
+
+
+def _is_done(store: Path, manifest: Manifest, index: int) -> bool:
+    path = shard_path(store, index)
+    return path.is_file() and read_footer(path, manifest, index).index == index
