@@ -4,6 +4,7 @@ Every field states its meaning and unit; unknown keys are refused with the neare
 """
 
 import difflib
+import re
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
@@ -56,6 +57,15 @@ VLLM_KEYS_OF_SCORE = {
     "load_format": "nothing: only safetensors are read",
 }
 """Arguments of `vllm.LLM` that the vLLM engine sets itself, and what to set instead."""
+
+
+VLLM_KEYS_OF_THE_USER = (
+    "attention_backend", "attention_config", "compilation_config", "disable_custom_all_reduce", "disable_log_stats",
+    "distributed_executor_backend", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "max_num_seqs",
+    "safetensors_load_strategy",
+)  # fmt: skip
+"""Arguments of `vllm.LLM` that `score.vllm` may hold: how the prior runs, never what it is. The identity of a store
+does not name them."""
 
 
 class _Strict(BaseModel):
@@ -153,7 +163,8 @@ class ScoreConfig(_Strict):
     columns: tuple[Column, ...] = DEFAULT_COLUMNS
     """Statistics to store; `entropy_top20` and `collision` serve the rules `entropy` and `deft`."""
     shard_rows: int = Field(default=2048, ge=1)
-    """Source rows of a shard, the unit of resuming: a killed run loses at most the shard it was in."""
+    """Source rows of a shard, the unit of resuming and of what workers share; fixed once the store is begun. A killed
+    run loses at most the shards it was in."""
     rehash: bool = False
     """Hash the data files again on a resume; else size and modification time are compared."""
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -161,34 +172,45 @@ class ScoreConfig(_Strict):
     one on a CPU; with ray, as many as the cluster has GPUs for."""
     tensor_parallel: int = Field(default=1, ge=1)
     """vLLM: GPUs that share one copy of the model. More than 1 only where the model does not fit into one."""
-    part: str | None = Field(default=None, pattern=r"^\d+/[1-9]\d*$")
+    part: str | None = None
     """`K/N`: score the shards i with i mod N = K only, K from 0; for job arrays on a shared file system, any order."""
     launcher: Literal["local", "ray"] = "local"
     """What starts the workers: processes of this machine, or Ray actors (the extra `ray`)."""
     ray_address: str | None = None
     """Address of a Ray cluster, or `auto`; None starts Ray on this machine."""
     vllm: dict[str, Any] = {}
-    """Arguments of `vllm.LLM`, passed on verbatim but for those that the engine sets itself."""
+    """Arguments of `vllm.LLM` that say how it runs, such as gpu_memory_utilization; those that would change the prior
+    are refused."""
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
         for key in self.vllm.keys() & VLLM_KEYS_OF_SCORE.keys():
             raise ValueError(f"score.vllm.{key} is set by the engine; set {VLLM_KEYS_OF_SCORE[key]} instead")
+        for key in self.vllm.keys() - set(VLLM_KEYS_OF_THE_USER):
+            near = difflib.get_close_matches(key, VLLM_KEYS_OF_THE_USER, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"score.vllm.{key} is not one of the arguments that leave the numbers as they are; the nearest of "
+                f"those is score.vllm.{near}"
+            )
+        if self.ray_address is not None and self.launcher != "ray":
+            raise ValueError(f"score.ray_address={self.ray_address} is given, but score.launcher is {self.launcher}")
         if self.part is not None:
+            if not re.fullmatch(r"\d+/[1-9]\d*", self.part):
+                raise ValueError(f"score.part={self.part}: expected K/N, such as 0/8 for the first of eight parts")
             index, count = map(int, self.part.split("/"))
             if index >= count:
                 raise ValueError(f"score.part={self.part}: parts count from 0, so the last is {count - 1}/{count}")
         return self
-
-    def logits_bytes(self, device: str) -> int:
-        """`logits_mebibytes` resolved for a device, cpu or cuda, in bytes."""
-        return (self.logits_mebibytes if self.logits_mebibytes != "auto" else 1024 if device == "cuda" else 64) << 20
 
     @model_validator(mode="after")
     def _has_logprob(self) -> Self:
         if "logprob" not in self.columns or len(set(self.columns)) != len(self.columns):
             raise ValueError(f"score.columns must hold logprob, and each name once; got {list(self.columns)}")
         return self
+
+    def logits_bytes(self, device: str) -> int:
+        """`logits_mebibytes` resolved for a device, cpu or cuda, in bytes."""
+        return (self.logits_mebibytes if self.logits_mebibytes != "auto" else 1024 if device == "cuda" else 64) << 20
 
 
 class WeightingConfig(_Strict):

@@ -6,6 +6,7 @@ Logits leave the head in float32, accumulated in float32 from operands of the mo
 bfloat16 they would tie: on a real model 24 % of targets then tie with another token.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -106,6 +107,8 @@ def head_difference(model: Any, input_ids_BT: Tensor) -> Tensor:
 
 def refuse_unknown_head(model: Any, difference: float) -> None:
     """Refuse a model whose own logits differ from `logits_of_hidden` by more than rounding."""
+    if math.isnan(difference):
+        raise UserError(f"{type(model).__name__}: its logits are not finite; are its weights whole? Or try float32")
     if not difference < 1e-2:
         raise UserError(
             f"{type(model).__name__}: its logits differ from head, scale and soft-cap by {difference:.3g} "

@@ -61,16 +61,10 @@ def packed_attention(
         ValueError: no boundaries, or a mask, several rows or dropout.
     """
     if cu_seq_lens_q is None or max_length_q is None:
-        raise ValueError(
-            f"{ATTENTION_NAME}: expected cu_seq_lens_q and max_length_q, got none; the model runs on packed batches "
-            "only (shared.padding.pack_and_shift)"
-        )
+        raise ValueError(f"{ATTENTION_NAME}: expected cu_seq_lens_q and max_length_q of a packed batch, got none")
     if attention_mask is not None or len(query) != 1 or dropout:
-        mask = "no mask" if attention_mask is None else "a mask"
-        raise ValueError(
-            f"{ATTENTION_NAME}: expected no mask, one row and no dropout, got {mask}, {len(query)} rows and dropout "
-            f"{dropout}"
-        )
+        found = f"{'no mask' if attention_mask is None else 'a mask'}, {len(query)} rows and dropout {dropout}"
+        raise ValueError(f"{ATTENTION_NAME}: expected no mask, one row and no dropout, got {found}")
     if sliding_window is not None and sliding_window >= max_length_q:
         sliding_window = None
     attend = _by_kernel if _runs_kernel(query.device) else _by_example

@@ -21,8 +21,7 @@ def choose_engine(config: Config, prior_config: dict[str, Any], begun_with: str 
     elif begun_with is not None:
         engine = begun_with
     else:
-        device = choose_device(config)
-        engine = "vllm" if device == "cuda" and _vllm_obstacle(prior_config, device) is None else "transformers"
+        engine = "vllm" if choose_device(config) == "cuda" and _suits_vllm(config, prior_config) else "transformers"
     if config.score.tensor_parallel > 1 and engine != "vllm":
         raise UserError(
             f"score.tensor_parallel={config.score.tensor_parallel} needs score.engine=vllm; the engine is {engine}"
@@ -49,7 +48,7 @@ def choose_device(config: Config) -> str:
     """cpu or cuda."""
     import torch
 
-    if config.score.device == "cuda" and not torch.cuda.is_available():
+    if config.score.device == "cuda" and config.score.launcher != "ray" and not torch.cuda.is_available():
         raise UserError("score.device=cuda, but torch sees no CUDA device here")
     if config.score.device != "auto":
         return config.score.device
@@ -68,7 +67,8 @@ def load_engine(config: Config, files: PretrainedFiles, identity: Identity) -> E
     return TransformersEngine(files, identity, device, config.score)
 
 
-def _vllm_obstacle(prior_config: dict[str, Any], device: str) -> str | None:
-    from stage1_score.vllm_engine import obstacle
+def _suits_vllm(config: Config, prior_config: dict[str, Any]) -> bool:
+    from stage1_score.vllm_engine import longest_row, obstacle
 
-    return obstacle(prior_config, device)
+    fits = longest_row(prior_config, config.data.max_length) == config.data.max_length
+    return fits and config.prior.compute_dtype != "float64" and obstacle(prior_config, "cuda") is None

@@ -55,6 +55,8 @@ class CrossCheckOptions(BaseModel):
     """Where the prior lies now; None: where the store says."""
     tolerance: Annotated[_Number, Field(ge=0)] | None = None
     """Largest p99 of |logprob difference|, nats; None: by the dtypes."""
+    flips: Annotated[_Number, Field(ge=0, le=1)] = 0.01
+    """Largest share of PriFT-mass decisions that may flip, at any of the thresholds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     batch_tokens: int | None = Field(default=None, ge=16)
@@ -118,8 +120,10 @@ def cross_check(store: Path, options: CrossCheckOptions) -> None:
         engine.close()
     differences = compare(stored, rescored)
     print_differences(differences)
+    decisions = []
     if "mass_rank" in stored:
-        print_flips([flips(stored["mass_rank"], rescored["mass_rank"], value) for value in options.thresholds])
+        decisions = [flips(stored["mass_rank"], rescored["mass_rank"], value) for value in options.thresholds]
+        print_flips(decisions)
     else:
         print("decisions of PriFT-mass are not compared: mass_rank is not stored")
     tolerance = default_tolerance(manifest.identity, identity) if options.tolerance is None else options.tolerance
@@ -128,6 +132,12 @@ def cross_check(store: Path, options: CrossCheckOptions) -> None:
     if not p99 <= tolerance:
         raise CheckFailed(f"{store}: {found}, the tolerance is {tolerance:g}")
     print(f"{found}, within the tolerance of {tolerance:g}")
+    for it in decisions:
+        if it.num_flipped > options.flips * it.num_targets:
+            raise CheckFailed(
+                f"{store}: {it.num_flipped} of {it.num_targets} decisions flip at threshold {it.threshold:g}, the "
+                f"share allowed is {options.flips:g}"
+            )
 
 
 def finished_shards(store: Path, manifest: Manifest) -> list[Shard]:

@@ -10,6 +10,17 @@ from shared.shards import ScoredRow
 from stage1_score.tokenization import TokenizedExample
 
 
+class DeviceLost(UserError):
+    """The device of this process fails: another process with another device may go on."""
+
+
+def device_errors() -> tuple[type[Exception], ...]:
+    """What torch raises where a device fails: the process cannot use it again."""
+    import torch
+
+    return (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+
+
 class Engine(Protocol):
     """The prior, ready to score."""
 

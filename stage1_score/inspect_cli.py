@@ -13,6 +13,7 @@ options, as key=value words:
   model=PATH                       where the prior lies now, a folder or hub id; default: where the store says
   tolerance=NATS                   largest p99 of |logprob difference|; default: 0.15 for bfloat16, 0.02 for float16,
                                    0.0001 for float32, by the coarser of the two forward passes
+  flips=0.01                       largest share of PriFT-mass decisions that may flip at any of the thresholds
   device=auto|cpu|cuda             auto takes CUDA where there is one
   batch_tokens=16384               tokens of a forward pass, padding included
   trust_remote_code=false          run Python code that comes with the model

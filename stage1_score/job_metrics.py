@@ -27,6 +27,10 @@ class JobMetrics:
         self._started = time.perf_counter()
         self._reports: list[ShardReport] = []
 
+    def start_clock(self) -> None:
+        """Count the time of the summary from now on."""
+        self._started = time.perf_counter()
+
     def add(self, report: ShardReport) -> None:
         """Write the line of a shard."""
         self._reports.append(report)

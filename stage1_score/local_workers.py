@@ -2,11 +2,12 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import get_context
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 from shared.cli import mistake_in_words
 from shared.errors import UserError
 from stage1_score.dispatch import Batch, Died, Done, Event, Ready, Refused
-from stage1_score.stopping import Stopped, StopSwitch, stop_switch
+from stage1_score.engine import DeviceLost
+from stage1_score.stopping import Stopped, StopSwitch, children_ignore_ctrl_c, stop_switch
 from stage1_score.worker import ShardWorker, Task
 
 _SECONDS_BETWEEN_CHECKS = 1.0
@@ -29,6 +31,18 @@ class _Process:
     """Our end of its pipe."""
     environment: dict[str, str]
     """Of its device; the worker that replaces it gets the same."""
+
+    def is_silent(self) -> bool:
+        """Whether it is dead and has nothing more to say."""
+        return not self.process.is_alive() and not self.connection.poll()
+
+    def end(self) -> None:
+        """End it and all that it started: what vLLM leaves behind would keep the GPU's memory."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid or 0, signal.SIGKILL)
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
 
 
 class LocalPool:
@@ -45,8 +59,6 @@ class LocalPool:
         self._num_started = 0
 
     def __enter__(self) -> "LocalPool":
-        # Started with the first worker, it would unblock the signal that `start` blocks.
-        resource_tracker.ensure_running()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -55,9 +67,7 @@ class LocalPool:
         deadline = time.monotonic() + _SECONDS_TO_STOP
         for worker in self._workers.values():
             _drain(worker, deadline)
-            worker.process.kill()
-            worker.process.join()
-            worker.connection.close()
+            worker.end()
 
     def start(self) -> str:
         """See `Pool.start`."""
@@ -68,10 +78,8 @@ class LocalPool:
         process = self._context.Process(
             target=_serve, args=(self._task, name, environment, theirs), name=f"prift-{name}"
         )
-        # Ctrl-C reaches every process of a terminal: the workers leave it to the one that started them.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        with children_ignore_ctrl_c():
+            process.start()
         theirs.close()  # else its end would not be seen when the worker dies
         self._workers[name] = _Process(process, ours, environment)
         return name
@@ -91,12 +99,13 @@ class LocalPool:
                 events.append((name, self._workers[name].connection.recv()))
             except (EOFError, OSError):
                 events.append((name, self._bury(name)))
-        return events
+        # A process that the worker has left behind may hold its end of the pipe open.
+        silent = [name for name, worker in self._workers.items() if worker.is_silent()]
+        return events + [(name, self._bury(name)) for name in silent]
 
     def _bury(self, name: str) -> Died:
         worker = self._workers.pop(name)
-        worker.connection.close()
-        worker.process.join()
+        worker.end()
         self._free.append(worker.environment)
         code = worker.process.exitcode or 0
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -142,15 +151,20 @@ def visible_gpus() -> list[str]:
     """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES gives them."""
     import torch
 
+    count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip()]
-    return [str(index) for index in range(torch.cuda.device_count())]
+    # CUDA stops reading at the first name that is no device of this machine.
+    return [str(index) for index in range(count)] if named is None else named.replace(" ", "").split(",")[:count]
 
 
 def _serve(task: Task, name: str, environment: dict[str, str], connection: Any) -> None:
     """Life of a worker process: load, then score what comes until the other end closes or a signal stops it."""
+    os.setpgrp()
     os.environ.update(environment)
+    if "OMP_NUM_THREADS" in environment:
+        import torch
+
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # the variable was read when torch was imported
     with stop_switch([signal.SIGTERM]) as switch:
         try:
             with closing(ShardWorker(task, name)) as worker:
@@ -158,6 +172,8 @@ def _serve(task: Task, name: str, environment: dict[str, str], connection: Any) 
                 _score_all(worker, connection, switch)
         except (Stopped, EOFError, BrokenPipeError, ConnectionResetError):
             return  # asked to stop, or whoever asked is gone
+        except DeviceLost as error:
+            sys.exit(f"worker {name}: {error}")  # a death: another device may do the shard
         except (UserError, OSError) as error:
             message = mistake_in_words(error)
             if message is None:

@@ -13,7 +13,7 @@ from shared.files import probe_writable, remove_stale_temporaries
 from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer, vocab_rows_of
 from shared.score_store import MANIFEST_NAME, DataFile, Manifest, Source, create_or_match, read_manifest
 from shared.shards import dropped_path, read_footer, shard_path
-from stage1_score.choose_engine import choose_dtypes, choose_engine
+from stage1_score.choose_engine import choose_device, choose_dtypes, choose_engine
 from stage1_score.examples import RowFormat
 from stage1_score.identity import build_manifest
 from stage1_score.raw_rows import expand_paths
@@ -51,10 +51,12 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
     found = read_manifest(store) if (store / MANIFEST_NAME).is_file() else None
     source = _source(config, paths, row_format, found.source if found else None)
     engine = choose_engine(config, files.config(), found.identity.engine if found else None)
-    wanted = build_manifest(config, files, tokenizer, source, template, choose_dtypes(config, engine), engine)
+    dtypes = choose_dtypes(config, engine)
+    wanted = build_manifest(config, files, tokenizer, source, template, dtypes, engine)
     stop_ids = frozenset(wanted.stop_token_ids)
     row_tokenizer = RowTokenizer(tokenizer, config.data, template, stop_ids, wanted.vocab_size)
     print(f"data: {row_format.name} rows, template {template}, targets {config.data.targets}")
+    print(f"prior: {engine} on {choose_device(config)}, weights {dtypes[0]}, forward pass {dtypes[1]}")
     _note_positions(files, config.data.max_length)
     if found is None:
         _preview(store, source, row_format, row_tokenizer, tokenizer, len(config.score.columns))
@@ -76,7 +78,9 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
 def plan_of_manifest(config: Config, manifest: Manifest) -> Plan:
     """The plan of a worker: all is settled by the manifest, nothing is hashed, printed or compared again."""
     assert config.prior.model is not None and config.score.output is not None  # noqa: PT018
-    files = find_pretrained(config.prior.model, config.prior.revision, config.prior.trust_remote_code)
+    # The commit that was hashed, not what a branch means by now.
+    revision = manifest.prior_revision or config.prior.revision
+    files = find_pretrained(config.prior.model, revision, config.prior.trust_remote_code)
     paths = [Path(file.path) for file in manifest.source.files]
     row_format = detect_format(paths, config.data, manifest.vocab_size)
     row_tokenizer = RowTokenizer(

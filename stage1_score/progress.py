@@ -25,6 +25,10 @@ class ScoringProgress:
         """Scored tokens per second, padding not counted."""
         return self._tokens / max(time.perf_counter() - self._start, 1e-9)
 
+    def start_clock(self) -> None:
+        """Count time from now on: the prior is loaded."""
+        self._start = self._last_line = time.perf_counter()
+
     def add(self, num_rows: int, num_tokens: int) -> None:
         """Count rows that were scored or dropped, and their tokens."""
         self._rows += num_rows

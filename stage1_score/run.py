@@ -41,7 +41,8 @@ def run(config: Config, command: Sequence[str]) -> None:
                 job = Job(config, plan, command, progress)
                 summary = job.run(switch)
             workers = len(summary["shards_of_worker"])
-            print(f"scored {summary['tokens_per_second']:,.0f} tokens/s by {workers} worker(s)")
+            by = "" if workers == 1 else f" by {workers} workers"
+            print(f"scored {summary['tokens_per_second']:,.0f} tokens/s{by}, loading not counted")
     _summarise(plan.store, config.score.part)
 
 
@@ -55,11 +56,14 @@ class Job:
 
     def run(self, switch: StopSwitch) -> dict[str, Any]:
         """Score all missing shards; returns the summary of the metrics."""
-        score, task = self._config.score, Task(self._config, self._plan.manifest)
+        score = self._config.score
+        # Settled here: a worker that sees no GPU must not score on its CPU instead.
+        settled = score.model_copy(update={"device": choose_device(self._config)})
+        task = Task(self._config.model_copy(update={"score": settled}), self._plan.manifest)
         if score.launcher == "ray":
             from stage1_score.ray_workers import RayPool
 
-            with RayPool(task, score.workers, score.ray_address) as pool:
+            with RayPool(task, was_auto=score.device == "auto") as pool:
                 self._dispatch(pool, pool.num_workers, switch)
         else:
             devices = self._devices()
@@ -73,6 +77,7 @@ class Job:
 
     def score_here(self, engine: Engine, switch: StopSwitch) -> None:
         """Score in this process, the next shard tokenised meanwhile."""
+        switch.check()
         # Only now is the store begun: a prior that cannot be loaded leaves nothing behind.
         self._on_ready()
 
@@ -92,7 +97,13 @@ class Job:
         score = self._config.score
         gpus = visible_gpus() if choose_device(self._config) == "cuda" else []
         wanted = max(1, len(gpus) // score.tensor_parallel) if score.workers == "auto" else score.workers
-        devices = devices_of_workers(min(wanted, len(self._plan.missing)), gpus, score.tensor_parallel)
+        useful = min(wanted, len(self._plan.missing))
+        if useful < wanted:
+            print(
+                f"{useful} of {wanted} workers are used, one for each shard; a new store with a smaller "
+                "score.shard_rows divides the work further"
+            )
+        devices = devices_of_workers(useful, gpus, score.tensor_parallel)
         if score.workers != "auto" and gpus and wanted * score.tensor_parallel > len(gpus):
             raise UserError(
                 f"score.workers={wanted} with score.tensor_parallel={score.tensor_parallel} needs "
@@ -105,6 +116,9 @@ class Job:
         return devices
 
     def _on_ready(self) -> None:
+        # Loading the prior is not scoring: what is reported are the speeds of the work itself.
+        self._metrics.start_clock()
+        self._progress.start_clock()
         _begin_store(self._plan, self._command)
 
     def _on_done(self, report: ShardReport) -> None:

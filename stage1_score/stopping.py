@@ -1,9 +1,11 @@
 """Ctrl-C and SIGTERM: what is running ends after its current batch, finished shards stay."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 
@@ -30,6 +32,7 @@ class StopSwitch:
         """The first signal waits for the batch, a second one does not."""
         self.check()
         self.press()
+        os.write(2, b"stopping after the current batch\n")  # past Python's buffers: a handler may interrupt their use
 
 
 @contextmanager
@@ -45,3 +48,14 @@ def stop_switch(signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTE
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def children_ignore_ctrl_c() -> Iterator[None]:
+    """Processes that are started in the block leave Ctrl-C, which reaches all of a terminal's, to this one."""
+    resource_tracker.ensure_running()  # else it is started with the first of them, and unblocks the signal
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -28,13 +28,10 @@ from shared.pretrained import PretrainedFiles, load_causal_lm, rope_type_of
 from shared.score_store import Identity
 from shared.shards import ScoredRow
 from shared.statistics import statistics_in_chunks
-from stage1_score.engine import scored_row
+from stage1_score.engine import DeviceLost, device_errors, scored_row
 from stage1_score.tokenization import TokenizedExample
 
 ENGINE_NAME = "transformers"
-
-_DEVICE_ERRORS: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
-"""What torch raises where a device fails: the process cannot use it again."""
 
 
 class TransformersEngine:
@@ -130,12 +127,13 @@ class TransformersEngine:
         Where a batch does not fit into the device's memory, it and all that come after are cut in half.
 
         Raises:
-            UserError: a statistic is not finite, a row alone does not fit into memory, or the device was lost.
+            UserError: a statistic is not finite, or a row alone does not fit into memory.
+            DeviceLost: the device fails.
         """
         try:
             order, values_CN = self._run(examples, on_batch)
-        except _DEVICE_ERRORS as error:
-            raise UserError(
+        except device_errors() as error:
+            raise DeviceLost(
                 f"the device {self._model.device} was lost ({first_line(error)}); finished shards are kept: run the "
                 "same command again"
             ) from error

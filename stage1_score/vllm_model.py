@@ -84,11 +84,14 @@ class StatisticsPooler(Pooler):
         device = hidden_states.device
         hidden_ND = hidden_states[torch.from_numpy(rows_N).to(device, non_blocking=True)]
         statistics = self._statistics(hidden_ND, torch.from_numpy(ids_N).to(device, non_blocking=True))
-        finished = pooling_metadata.get_pooling_cursor().get_finished_mask()
+        cursor = pooling_metadata.get_pooling_cursor()
+        starts = (cursor.seq_lens_cpu == cursor.num_scheduled_tokens_cpu).tolist()
         outputs: list[Tensor | None] = []
-        for part, state, is_finished in zip(
-            statistics.split(counts), pooling_metadata.pooling_states, finished, strict=True
+        for part, state, starts_anew, is_finished in zip(
+            statistics.split(counts), pooling_metadata.pooling_states, starts, cursor.get_finished_mask(), strict=True
         ):
+            if starts_anew:  # a request that vLLM put aside and took up again
+                state.clean()
             state.hidden_states_cache.append(part)
             outputs.append(torch.cat(state.hidden_states_cache) if is_finished else None)
             if is_finished:

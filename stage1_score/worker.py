@@ -8,6 +8,7 @@ from threading import Lock
 
 from shared.config import Config
 from shared.score_store import Manifest
+from stage1_score.engine import DeviceLost
 from stage1_score.score_shard import ShardReport, TokenizedShard, score_shard, tokenize_shard
 
 
@@ -40,21 +41,28 @@ class ShardWorker:
 
         Raises:
             UserError: as `load_engine`.
+            DeviceLost: the task's device is not there.
         """
+        import torch
+
         from stage1_score.choose_engine import load_engine
         from stage1_score.plan import plan_of_manifest
 
+        if task.config.score.device == "cuda" and not torch.cuda.is_available():
+            raise DeviceLost("this worker sees no CUDA device")  # never on a CPU instead, with other numbers
         self._name = name
         self._plan = plan_of_manifest(task.config, task.manifest)
         self._engine = load_engine(task.config, self._plan.files, task.manifest.identity)
         self._lock = Lock()
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._tokenized: dict[int, Future[TokenizedShard]] = {}
+        self._seen: set[int] = set()
 
     def prepare(self, index: int) -> None:
         """Begin to tokenise a shard that will be asked for, beside what is being scored."""
         with self._lock:
-            if index not in self._tokenized:
+            if index not in self._seen:
+                self._seen.add(index)
                 self._tokenized[index] = self._pool.submit(tokenize_shard, self._plan, index)
 
     def score(self, index: int, on_batch: Callable[[int, int], None]) -> ShardReport:

@@ -82,13 +82,13 @@ def test_ray_with_an_actor_killed(pipeline: Path, alone: Path, tmp_path: Path, r
     assert_same(store, alone, read_store)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", ["score.workers=1", "score.workers=2", "score.launcher=ray"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_and_it_goes_on(
-    pipeline: Path, alone: Path, tmp_path: Path, read_store, workers: int, number: signal.Signals
+    pipeline: Path, alone: Path, tmp_path: Path, read_store, workers: str, number: signal.Signals
 ):
     store = tmp_path / "store"
-    words = command(pipeline, store, f"score.workers={workers}")
+    words = command(pipeline, store, workers)
     process = start(words)
     wait_for(lambda: len(list(store.glob("shard-*.parquet"))) >= 2, process)
     # Ctrl-C reaches the whole group of a terminal, SIGTERM of a batch system the process that it started.
@@ -114,12 +114,32 @@ def test_workers_end_with_the_one_that_started_them(pipeline: Path, tmp_path: Pa
     assert not alive
 
 
-def test_a_mistake_that_a_worker_meets_is_one_line(pipeline: Path, tmp_path: Path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"row_id": "a", "input_ids": [1, 2], "target_mask": [0, 1]}\n' * 1)
-    done = finish(command(pipeline, tmp_path / "store", "score.workers=2", "score.tensor_parallel=2"))
-    assert done.code == 2
-    assert "score.tensor_parallel=2 needs score.engine=vllm" in done.output
+def test_a_shard_that_no_worker_survives_ends_the_run_by_name(pipeline: Path, tmp_path: Path):
+    store = tmp_path / "store"
+    done = finish(
+        command(pipeline, store, "score.workers=2"),
+        PYTHONPATH=f"{REPOSITORY}/tests/integration/sabotage", SABOTAGE="before-rename:shard-00003.parquet",
+    )  # fmt: skip
+    assert done.code == 2, done.output
+    assert "3 workers died at shard 3, the last of: process" in done.output
+    assert "Traceback" not in done.output
+    assert list(store.glob("shard-*.parquet"))  # finished shards are kept
+    assert not (store / "shard-00003.parquet").exists()
+
+
+def test_a_mistake_that_a_worker_meets_is_one_line(pipeline: Path, tmp_path: Path, prior_with):
+    import safetensors.torch
+
+    broken = prior_with(tmp_path / "broken")
+    weights = safetensors.torch.load_file(broken / "model.safetensors")
+    weights["lm_head.weight"].fill_(float("nan"))
+    safetensors.torch.save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    words = command(pipeline, tmp_path / "store", "score.workers=2", f"prior.model={broken}", "data.template=plain")
+    done = finish(words)
+    assert done.code == 2, done.output
+    assert "Traceback" not in done.output
+    assert done.output.splitlines()[-1].startswith("prift-score: LlamaForCausalLM: its logits are not finite")
+    assert not list((tmp_path / "store").glob("*.parquet"))
 
 
 def is_actor(process: psutil.Process) -> bool:

@@ -143,3 +143,22 @@ def test_zero_stage():
     assert TrainConfig(deepspeed={"zero_optimization": {"stage": 3}}).zero_stage() == 3
     for stage in (4, -1, "3"):
         assert "must be 0, 1, 2 or 3" in refusal({"train": {"deepspeed": {"zero_optimization": {"stage": stage}}}})
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [({"vllm": {"quantization": "fp8"}}, "score.vllm.quantization is not one of the arguments that leave the numbers"),
+     ({"vllm": {"gpu_memory_utilisation": 0.8}}, "nearest of those is score.vllm.gpu_memory_utilization"),
+     ({"vllm": {"dtype": "half"}}, "score.vllm.dtype is set by the engine; set prior.dtype instead"),
+     ({"part": "3/3"}, "parts count from 0, so the last is 2/3"), ({"part": "1"}, "expected K/N, such as 0/8"),
+     ({"ray_address": "auto"}, "score.launcher is local")],
+)  # fmt: skip
+def test_scoring_settings_that_cannot_be_meant(score: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate({"score": score})
+
+
+def test_logits_are_larger_on_cuda_unless_told():
+    config = Config().score
+    assert (config.logits_bytes("cpu"), config.logits_bytes("cuda")) == (64 << 20, 1024 << 20)
+    assert Config.model_validate({"score": {"logits_mebibytes": 3}}).score.logits_bytes("cuda") == 3 << 20

@@ -240,9 +240,9 @@ def test_a_run_without_boundaries_is_refused(use_cache: bool):
     model = tiny_model("llama")
     use_packed_attention(model)
     ids = torch.ones(1, 5, dtype=torch.int64)
-    with pytest.raises(ValueError, match="expected cu_seq_lens_q and max_length_q, got none"):
+    with pytest.raises(ValueError, match="expected cu_seq_lens_q and max_length_q of a packed batch"):
         model(input_ids=ids, use_cache=use_cache)
-    with pytest.raises(ValueError, match="expected cu_seq_lens_q and max_length_q, got none"):
+    with pytest.raises(ValueError, match="expected cu_seq_lens_q and max_length_q of a packed batch"):
         model(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1, 2]]), use_cache=use_cache)
 
 

@@ -88,3 +88,11 @@ def test_a_prior_that_vllm_would_get_wrong_is_named(fields: dict[str, Any], word
 
 def test_a_build_for_another_device_is_named():
     assert "was not built for the device cuda" in (obstacle(LLAMA, "cuda") or "")
+
+
+@pytest.mark.usefixtures("cuda")
+def test_auto_does_not_take_vllm_for_what_it_cannot_do():
+    assert choose_engine(config_with({"compute_dtype": "float64"}), LLAMA, None) == "transformers"
+    assert choose_engine(config_with(), LLAMA | {"max_position_embeddings": 512}, None) == "transformers"
+    shorter = Config.model_validate({"data": {"max_length": 512}})
+    assert choose_engine(shorter, LLAMA | {"max_position_embeddings": 512}, None) == "vllm"

@@ -133,8 +133,11 @@ def test_flipped_decisions_of_a_store_are_counted(check, change, store: Path, re
         row.statistics["mass_rank"] = np.where(row.statistics["mass_rank"] <= 0.5, 1.0, 0.0).astype(np.float32)
 
     change(1, turn)
-    outcome = check("thresholds=0.5")
-    assert outcome.code == 0, outcome.stderr  # the tolerance is about logprob
+    refused = check("thresholds=0.5")
+    assert refused.code == 3
+    assert "decisions flip at threshold 0.5, the share allowed is 0.01" in refused.stderr
+    outcome = check("thresholds=0.5", "flips=1")
+    assert outcome.code == 0, outcome.stderr
     assert table_of(outcome.stdout)["threshold 0.5"][2] == str(len(before))
 
 

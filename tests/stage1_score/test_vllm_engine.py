@@ -50,7 +50,7 @@ def test_a_model_that_does_not_fit_at_all_is_the_users_to_mend(monkeypatch: pyte
      ({"max_position_embeddings": 512, "rope_scaling": {"rope_type": "yarn"}}, 2048, 2048)],
 )  # fmt: skip
 def test_rows_are_as_long_as_the_prior_has_positions(fields: dict[str, Any], asked: int, longest: int):
-    assert vllm_module._max_length(fields, asked) == longest
+    assert vllm_module.longest_row(fields, asked) == longest
 
 
 def test_the_users_own_environment_stays(monkeypatch: pytest.MonkeyPatch):

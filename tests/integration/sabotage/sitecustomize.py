@@ -1,7 +1,7 @@
 """Kills one worker of a scoring run at a chosen moment; Python loads this file at its start where it is on the path.
 
 SABOTAGE is one of   batch:N   before-rename:NAME   after-rename:NAME
-SABOTAGE_MARK is a file that the first worker to get there makes: it alone dies.
+SABOTAGE_MARK is a file that the first worker to get there makes: it alone dies. Without it each that gets there does.
 """
 
 import os
@@ -11,9 +11,10 @@ from multiprocessing import connection
 moment, _, where = os.environ.get("SABOTAGE", "").partition(":")
 
 
-def die_once() -> None:
+def die() -> None:
     try:
-        os.close(os.open(os.environ["SABOTAGE_MARK"], os.O_CREAT | os.O_EXCL))
+        if "SABOTAGE_MARK" in os.environ:
+            os.close(os.open(os.environ["SABOTAGE_MARK"], os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
     os.kill(os.getpid(), signal.SIGKILL)
@@ -29,7 +30,7 @@ if moment == "batch":
         if type(message).__name__ == "Batch":
             seen += 1
             if seen == int(where):
-                die_once()
+                die()
 
     connection.Connection.send = counting_send
 
@@ -39,9 +40,9 @@ if moment.endswith("-rename"):
     def deadly_replace(source, target, **options):
         is_there = os.path.basename(target) == where
         if is_there and moment == "before-rename":
-            die_once()
+            die()
         replace(source, target, **options)
         if is_there:
-            die_once()
+            die()
 
     os.replace = deadly_replace
