@@ -8,6 +8,9 @@ from shared.pretrained import PretrainedFiles
 from shared.score_store import Identity
 from stage1_score.engine import Engine
 
+WIDER_COMPUTE = {"transformers": "float64", "vllm": "float64_products"}
+"""What each engine offers for the forward pass above the dtype of the weights."""
+
 
 def choose_engine(config: Config, prior_config: dict[str, Any], begun_with: str | None) -> str:
     """Name of the engine.
@@ -36,7 +39,7 @@ def choose_dtypes(config: Config, engine: str) -> tuple[str, str]:
     if weights == "auto":
         weights = "bfloat16" if on_cuda else "float32"
     compute = config.prior.compute_dtype
-    offered = "float64_products" if engine == "vllm" else "float64"
+    offered = WIDER_COMPUTE[engine]
     if compute == "auto":
         compute = offered if weights == "float32" and not on_cuda else "weights"
     if compute not in ("weights", offered):

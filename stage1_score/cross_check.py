@@ -21,13 +21,10 @@ from shared.pretrained import PretrainedFiles, find_pretrained
 from shared.score_store import Identity, Manifest, read_manifest
 from shared.shards import ScoredRow, Shard, flatten, read_batches, read_footer, shard_path
 from shared.verify import row_problems
-from stage1_score.choose_engine import choose_device, load_engine
+from stage1_score.choose_engine import WIDER_COMPUTE, choose_device, load_engine
 from stage1_score.compare_scores import compare, flips, print_differences, print_flips
 from stage1_score.engine import Engine
 from stage1_score.tokenization import TokenizedExample
-
-_WIDER_COMPUTE = {"transformers": "float64", "vllm": "float64_products"}
-"""What each engine offers above the dtype of the weights."""
 
 _TOLERANCES = {"bfloat16": 0.15, "float16": 0.02, "float32": 1e-4, "float64": 1e-4}
 """Largest p99 of |logprob difference|, nats, between two engines that are both right, by the coarser dtype of what
@@ -160,7 +157,7 @@ def rescoring(stored: Identity, options: CrossCheckOptions) -> tuple[Config, Ide
     """How the rows are scored again: with the store's dtypes, as far as the engine has them."""
     engine = options.engine or ("transformers" if stored.engine == "vllm" else "vllm")
     is_wider = stored.compute_dtype != stored.weight_dtype
-    compute_dtype = _WIDER_COMPUTE[engine] if is_wider else stored.weight_dtype
+    compute_dtype = WIDER_COMPUTE[engine] if is_wider else stored.weight_dtype
     score = ScoreConfig(engine=engine, device=options.device)
     if options.batch_tokens is not None:
         score = score.model_copy(update={"batch_tokens": options.batch_tokens})

@@ -7,7 +7,7 @@ from typing import Any
 
 from shared.config import Config
 from shared.errors import UserError
-from shared.score_store import Manifest, create_or_match, read_manifest
+from shared.score_store import create_or_match, read_manifest
 from shared.shards import open_store, shard_path
 from stage1_score.choose_engine import choose_device, load_engine
 from stage1_score.dispatch import Dispatcher, Pool
@@ -128,11 +128,10 @@ class Job:
         refuse_misfits(self._num_misfits, self._plan.manifest.source.num_rows, report.first_misfit)
 
 
-def _begin_store(plan: Plan, command: Sequence[str]) -> Manifest:
+def _begin_store(plan: Plan, command: Sequence[str]) -> None:
     begun = create_or_match(plan.store, plan.manifest, command)
     if begun.fingerprint != plan.manifest.fingerprint:
         raise UserError(f"{plan.store}: another start began it with other columns meanwhile; run the command again")
-    return begun
 
 
 def _summarise(store: Path, part: str | None) -> None:

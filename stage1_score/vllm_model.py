@@ -104,15 +104,14 @@ class StatisticsPooler(Pooler):
         indices = head.shard_indices
         # Rows that vLLM pads the vocabulary with lie behind the model's own.
         weight_VD = head.weight[: indices.num_org_elements]
+        if self._in_float64:
+            weight_VD = weight_VD.double()
         bias = getattr(head, "bias", None)
         bias_V = None if bias is None else bias[: indices.num_org_elements]
         processor = self._model.logits_processor
 
         def logits_of(hidden: Tensor) -> Tensor:
-            if self._in_float64:
-                logits = hidden.double() @ weight_VD.double().t()
-            else:
-                logits = float32_product(hidden, weight_VD)
+            logits = float32_product(hidden.to(weight_VD.dtype), weight_VD)
             if bias_V is not None:
                 logits = logits + bias_V
             if processor.soft_cap is not None:
