@@ -210,7 +210,11 @@ class ScoreConfig(_Strict):
 
     def logits_bytes(self, device: str) -> int:
         """`logits_mebibytes` resolved for a device, cpu or cuda, in bytes."""
-        return (self.logits_mebibytes if self.logits_mebibytes != "auto" else 1024 if device == "cuda" else 64) << 20
+        return _logits_bytes(self.logits_mebibytes, device)
+
+
+def _logits_bytes(mebibytes: int | Literal["auto"], device: str) -> int:
+    return (mebibytes if mebibytes != "auto" else 1024 if device == "cuda" else 64) << 20
 
 
 class WeightingConfig(_Strict):
@@ -269,6 +273,17 @@ class TrainConfig(_Strict):
     """Examples of an optimizer step, over all ranks."""
     micro_batch_tokens: int = Field(default=8192, ge=16)
     """Tokens of a micro-batch on one rank, padding included; a longer example goes alone."""
+    padding_free: Literal["auto"] | bool = "auto"
+    """Examples laid end to end, variable-length attention. `auto`: for the models that allow it."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Ranks that share each micro-batch, a part of its tokens each (Ulysses): for examples too long for one GPU.
+    They together hold so many times `micro_batch_tokens`."""
+    logits_mebibytes: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """No logits tensor of the training loss is larger than so many MiB (one row of logits at least). `auto`: 1024 on
+    CUDA, 64 on a CPU."""
+    nll_every: int = Field(default=16, ge=1)
+    """Targets of weight zero skip the head, but for one of so many, from which the plain nll in the log is estimated
+    (`nll_sampled`). 1: none skips it, and `nll` is exact, for a third of the head's work on those targets."""
     micro_batch_examples: int | None = Field(default=None, ge=1)
     """Most examples of a micro-batch; the authors use 4."""
     epochs: int = Field(default=1, ge=1)
@@ -281,8 +296,11 @@ class TrainConfig(_Strict):
     """`auto` is bfloat16 on CUDA (with float32 master weights) and float32 on a CPU."""
     learning_rate: float = Field(default=5e-5, gt=0)
     """Peak learning rate of AdamW."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After warm-up: half a cosine that would reach 0 one step after the last, or constant."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After warm-up: half a cosine that would reach 0 one step after the last, constant, or wsd (warm-up, stable,
+    decay): constant, then a straight line that would reach 0 one step after the last."""
+    decay_ratio: float = Field(default=0.1, ge=0, le=1)
+    """wsd: share of the steps over which the learning rate falls."""
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises linearly."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -295,8 +313,9 @@ class TrainConfig(_Strict):
     """AdamW's addend to the denominator."""
     gradient_clipping: float = Field(default=1.0, ge=0)
     """Largest norm of the gradient; 0 does not clip."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more work."""
+    gradient_checkpointing: bool | Literal["offload"] = False
+    """Recompute activations in the backward pass: less memory, about a third more work. `offload`: what is kept of
+    each layer, its input, waits in host memory."""
     checkpoint_steps: int = Field(default=500, ge=1)
     """Save a checkpoint after every so many steps, and after the last."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -327,6 +346,12 @@ class TrainConfig(_Strict):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
+        if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError(
+                f"train.warmup_ratio={self.warmup_ratio} and train.decay_ratio={self.decay_ratio} make more than 1"
+            )
+        if self.sequence_parallel > 1 and self.padding_free is False:
+            raise ValueError("train.sequence_parallel needs packed micro-batches, but train.padding_free is false")
         if self.normalize_by == "micro_batch" and self.micro_batch_examples is None:
             raise ValueError(
                 "train.normalize_by=micro_batch needs train.micro_batch_examples, which is None (the authors use 4)"
@@ -342,6 +367,10 @@ class TrainConfig(_Strict):
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"train.deepspeed.zero_optimization.stage must be 0, 1, 2 or 3; got {stage!r}")
         return self
+
+    def logits_bytes(self, device: str) -> int:
+        """`logits_mebibytes` resolved for a device, cpu or cuda, in bytes."""
+        return _logits_bytes(self.logits_mebibytes, device)
 
     def zero_stage(self) -> Any:
         """The ZeRO stage asked for; 1 where none is."""

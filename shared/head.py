@@ -7,6 +7,8 @@ bfloat16 they would tie: on a real model 24 % of targets then tie with another t
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,8 +48,14 @@ class Float32Head(nn.Linear):
     An `nn.Linear` becomes one by its class alone: parameter names, ties and the hooks of ZeRO stay as they are.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., D) in the model's dtype to float32 logits (..., V)."""
+    def forward(self, input: Tensor, task: "HeadTask | None" = None) -> Any:
+        """(..., D) in the model's dtype to float32 logits (..., V).
+
+        With a task: what the task returns. It runs inside this call, where ZeRO-3 holds the weight whole: however
+        many chunks the task works in, the weight is gathered once.
+        """
+        if task is not None:
+            return task(self, input)
         rows_ND = input.reshape(-1, input.shape[-1])
         if rows_ND.dtype in (torch.float32, torch.float64):
             logits_NV = rows_ND @ self.weight.t()
@@ -56,6 +64,10 @@ class Float32Head(nn.Linear):
         if self.bias is not None:
             logits_NV = logits_NV + self.bias.to(logits_NV.dtype)
         return logits_NV.reshape(*input.shape[:-1], self.weight.shape[0])  # pyright: ignore
+
+
+HeadTask = Callable[[Float32Head, Tensor], Any]
+"""Does something with the head's weight and hidden states (N, D), other than all their logits."""
 
 
 def prepare_head(model: Any) -> None:
@@ -81,17 +93,35 @@ def hidden_states(model: Any, input_ids_BT: Tensor, boundaries: Boundaries | Non
     return model.base_model(input_ids=input_ids_BT, use_cache=False, **arguments).last_hidden_state
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """What an architecture does to the products of its head before the softmax."""
+
+    factor: float = 1.0
+    """Cohere's logit_scale, or one over Granite's logits_scaling."""
+    cap: float | None = None
+    """Gemma's final_logit_softcapping: logits become cap * tanh(logits / cap)."""
+
+    def apply(self, products_NV: Tensor) -> Tensor:
+        """Logits from the head's products."""
+        logits_NV = products_NV if self.factor == 1.0 else products_NV * self.factor
+        return logits_NV if self.cap is None else (logits_NV / self.cap).tanh() * self.cap
+
+    def slope(self, logits_NV: Tensor) -> Tensor | float:
+        """Derivative of the logits by the products, from the logits."""
+        return self.factor if self.cap is None else self.factor * (1.0 - (logits_NV / self.cap).square())
+
+
+def logit_transform(model: Any) -> LogitTransform:
+    """What a transformers causal model does to the products of its head."""
+    config = model.config.get_text_config()
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return LogitTransform(factor, getattr(config, "final_logit_softcapping", None))
+
+
 def logits_of_hidden(model: Any, hidden_ND: Tensor) -> Tensor:
     """Float32 logits (N, V) as the model itself would give them: head, scaling and soft-capping."""
-    logits_NV = model.get_output_embeddings()(hidden_ND)
-    config = model.config.get_text_config()
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        logits_NV = logits_NV * scale
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
-        logits_NV = logits_NV / divisor
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-        logits_NV = (logits_NV / cap).tanh() * cap
-    return logits_NV
+    return logit_transform(model).apply(model.get_output_embeddings()(hidden_ND))
 
 
 @torch.no_grad()

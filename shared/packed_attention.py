@@ -8,6 +8,7 @@ Shape suffixes: T tokens of all examples, H heads, K heads of keys and values, D
 """
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,10 +84,13 @@ def use_packed_attention(model: Any) -> None:
     assert model.config._attn_implementation == ATTENTION_NAME
 
 
-def packing_obstacle(model: Any) -> str | None:
+def packing_obstacle(model: Any, with_gradient: bool = False) -> str | None:
     """Why a transformers model, on the device where it is, cannot run packed; None where it can.
 
     On CUDA the kernel is tried out once: which head sizes, dtypes and GPUs it serves differs between versions of torch.
+
+    Args:
+        with_gradient: whether it is to be trained; the kernel's backward pass is tried out too.
     """
     if not type(model).__module__.startswith("transformers.models."):
         return f"{type(model).__name__} is not one of transformers' own models"
@@ -97,7 +101,7 @@ def packing_obstacle(model: Any) -> str | None:
         return "its attention is not causal"
     if rope_type_of(config.to_dict()) in ("dynamic", "longrope"):
         return "its rotary frequencies depend on the longest row of a batch"
-    return _kernel_obstacle(model) if _runs_kernel(model.device) else None
+    return _kernel_obstacle(model, with_gradient) if _runs_kernel(model.device) else None
 
 
 def _runs_kernel(device: torch.device) -> bool:
@@ -151,7 +155,7 @@ def _band(length: int, window: int, device: torch.device) -> Tensor | None:
     return seen.triu(1 - window)
 
 
-def _kernel_obstacle(model: Any) -> str | None:
+def _kernel_obstacle(model: Any, with_gradient: bool) -> str | None:
     """Why the kernel does not serve a model's heads, dtype and device, found by comparing it with float32."""
     missing = {"scale", "window_size"} - inspect.signature(varlen_attn).parameters.keys()
     if missing:
@@ -164,12 +168,26 @@ def _kernel_obstacle(model: Any) -> str | None:
     generator = torch.Generator().manual_seed(0)
     sample = [torch.randn(40, count, head_size, generator=generator).to(model.device, model.dtype) for count in heads]
     for window in (None, 3):
+        options = {"starts": starts, "longest": 34, "window": window}
         try:
-            found = _by_kernel(*sample, starts=starts, longest=34, window=window)
+            found = _with_gradients(_by_kernel, sample, options, with_gradient)
         except RuntimeError as error:
             return f"varlen_attn of torch {torch.__version__} does not run here on {model.dtype}: {first_line(error)}"
-        expected = _by_example(*(tensor.float() for tensor in sample), starts=starts, longest=34, window=window)
-        difference = float((found.float() - expected).abs().max())
-        if not difference < _LARGEST_KERNEL_ERROR:
-            return f"varlen_attn of torch {torch.__version__} is off by {difference:.3g} here (window {window})"
+        expected = _with_gradients(_by_example, [tensor.float() for tensor in sample], options, with_gradient)
+        for name, ours, theirs in zip(("output", "gradient", "gradient", "gradient"), found, expected, strict=False):
+            difference = float((ours.float() - theirs).abs().max() / theirs.abs().max().clamp(min=1.0))
+            if not difference < _LARGEST_KERNEL_ERROR:
+                return f"varlen_attn of torch {torch.__version__} is off by {difference:.3g} here ({name}, {window=})"
     return None
+
+
+def _with_gradients(
+    attend: Callable[..., Tensor], sample: list[Tensor], options: dict[str, Any], wanted: bool
+) -> list[Tensor]:
+    """An attention's output, and where wanted the gradients by query, key and value of the sum of its squares."""
+    if not wanted:
+        return [attend(*sample, **options)]
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in sample]
+        output = attend(*leaves, **options)
+        return [output.detach(), *torch.autograd.grad(output.float().square().sum(), leaves)]

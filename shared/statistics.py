@@ -126,6 +126,13 @@ def statistics_in_chunks(
     return {column: torch.cat([part[column] for part in parts]) for column in columns}
 
 
+def rows_in_cache(logits_NV: Tensor) -> int:
+    """Rows of logits on which several passes in turn find them in a CPU's cache; all of them on another device."""
+    if logits_NV.device.type != "cpu":
+        return max(1, len(logits_NV))
+    return max(1, _CACHE_BYTES // (logits_NV.element_size() * logits_NV.shape[-1]))
+
+
 def uses_kernel(logits_NV: Tensor) -> bool:
     """Whether the partial sums of these logits are made by `shared.statistics_kernel`: float32 on CUDA, with triton."""
     return logits_NV.is_cuda and logits_NV.dtype == torch.float32 and find_spec("triton") is not None
@@ -160,8 +167,8 @@ def partial_sums(logits_NV: Tensor, target_logit_N: Tensor, local_target_N: Tens
 
 def _sums_in_blocks(logits_NV: Tensor, target_logit_N: Tensor, local_target_N: Tensor) -> Tensor:
     """`partial_sums` a few rows at a time on a CPU, where its passes then find the logits in the cache."""
-    num_rows = max(1, _CACHE_BYTES // (logits_NV.element_size() * logits_NV.shape[-1]))
-    if logits_NV.is_cuda or len(logits_NV) <= num_rows:
+    num_rows = rows_in_cache(logits_NV)
+    if len(logits_NV) <= num_rows:
         return partial_sums(logits_NV, target_logit_N, local_target_N)
     blocks = zip(*(whole.split(num_rows) for whole in (logits_NV, target_logit_N, local_target_N)), strict=True)
     return torch.cat([partial_sums(*block) for block in blocks])

@@ -1,13 +1,14 @@
 """What a run says before it begins: its arithmetic, and what its weights will do."""
 
 from shared.files import remove_stale_temporaries
+from stage2_train.batch import BatchForm
 from stage2_train.distributed import World
 from stage2_train.metrics import metrics_path
 from stage2_train.preflight import stop_token_warning
 from stage2_train.setup import Job, resolve_dtype, write_config
 
 
-def announce(job: Job, world: World) -> None:
+def announce(job: Job, world: World, form: BatchForm) -> None:
     """Write config.yaml and print the batch arithmetic and warnings; called by rank 0."""
     config, plan, cache = job.config, job.plan, job.cache
     remove_stale_temporaries(job.output)
@@ -15,14 +16,15 @@ def announce(job: Job, world: World) -> None:
         print(f"{job.output} holds a run that was stopped before its first checkpoint: it starts over at step 1")
     write_config(job)
     rows = plan.rows_of_step(1)
-    dealt = job.deal(rows, world.size)
+    dealt = job.deal(rows, world.size, form)
     stage = config.zero_stage()
     num_tokens, num_targets = int(cache.lengths[rows].sum()), int(cache.num_targets[rows].sum())
+    layout = "packed" if form.packed else "padded"
     print(
         f"{len(cache):,} rows x {config.epochs} epochs / {plan.batch_size} per step: {plan.num_steps} steps; step 1 is "
-        f"{num_tokens:,} tokens, {num_targets:,} targets, as {len(dealt[0])} micro-batches on each of {world.size} "
-        f"ranks; {resolve_dtype(config)}, ZeRO-{max(1, stage)}, rule {job.weighting.rule}/{job.weighting.source}, "
-        f"normalised by {config.normalize_by}",
+        f"{num_tokens:,} tokens, {num_targets:,} targets, as {len(dealt[0])} {layout} micro-batches on each of "
+        f"{_ranks(world, form)}; {resolve_dtype(config)}, ZeRO-{max(1, stage)}, rule "
+        f"{job.weighting.rule}/{job.weighting.source}, normalised by {config.normalize_by}",
         flush=True,
     )
     if stage == 0:
@@ -30,3 +32,9 @@ def announce(job: Job, world: World) -> None:
     warning = stop_token_warning(cache, job.weighting)
     if warning:
         print(warning, flush=True)
+
+
+def _ranks(world: World, form: BatchForm) -> str:
+    if form.num_parts == 1:
+        return f"{world.size} ranks"
+    return f"{world.size // form.num_parts} groups of {form.num_parts} ranks"

@@ -36,36 +36,63 @@ class CachedRow:
     """float32 (N,) each."""
 
 
+class RowCounts:
+    """How many values each row has, by its place in source order, looked up in cumulative counts.
+
+    `counts[rows]` takes a slice or places (int64, any shape, none negative) and gives int64 of that shape.
+    """
+
+    def __init__(self, ends: np.ndarray):
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        places = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
+        assert places.dtype.kind == "i", places.dtype
+        assert not (places < 0).any(), places
+        return self._ends[places] - np.where(places > 0, self._ends[places - 1], 0)
+
+    def sum(self) -> int:
+        """Values of all rows."""
+        return int(self._ends[-1])
+
+    def slice_of(self, row: int) -> slice:
+        """Where a row's values lie when those of all rows stand one after the other."""
+        return slice(int(self._ends[row - 1]) if row else 0, int(self._ends[row]))
+
+    def num_rows_within(self, most: int) -> int:
+        """How many of the first rows have at most so many values together."""
+        return int(np.searchsorted(self._ends, most, side="right"))
+
+
 class ScoreCache:
-    """Rows of a finished store, in source order."""
+    """Rows of a finished store, in source order. All that grows with them is in the memory map."""
 
     def __init__(self, store: Path, manifest: Manifest, shards: Sequence[Shard], folder: Path, columns: Sequence[str]):
         self.store, self.manifest, self.shards, self.key = store, manifest, list(shards), folder.name
         base = {name: _map(folder, name, dtype) for name, dtype in _BASE_FILES.items()}
         self.columns = {name: _map(folder, name, np.float32) for name in columns}
         self._input_ids, self._target_positions = base["input_ids"], base["target_positions"]
-        # Copied into memory: 16 bytes a row, read at every step.
-        self._row_starts = np.concatenate([[0], base["row_ends"]])
-        self._target_starts = np.concatenate([[0], base["target_ends"]])
-        self.lengths = np.diff(self._row_starts)
-        """Tokens of each row, int64."""
-        self.num_targets = np.diff(self._target_starts)
-        """Targets of each row, int64."""
+        self.lengths = RowCounts(base["row_ends"])
+        """Tokens of each row."""
+        self.num_targets = RowCounts(base["target_ends"])
+        """Targets of each row."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def row(self, index: int) -> CachedRow:
         """A row by its place in source order."""
-        tokens = slice(self._row_starts[index], self._row_starts[index + 1])
-        targets = slice(self._target_starts[index], self._target_starts[index + 1])
+        tokens, targets = self.lengths.slice_of(index), self.num_targets.slice_of(index)
         statistics = {name: column[targets] for name, column in self.columns.items()}
         return CachedRow(self._input_ids[tokens], self._target_positions[targets], statistics)
 
     def target_ids(self, most: int) -> np.ndarray:
         """int32 ids of the first targets of the store, at most so many rows' worth as hold `most` targets."""
-        num_rows = int(np.searchsorted(self._target_starts, most, side="right")) - 1
-        rows = (self.row(index) for index in range(max(num_rows, 1)))
+        num_rows = max(self.num_targets.num_rows_within(most), 1)
+        rows = (self.row(index) for index in range(num_rows))
         return np.concatenate([row.input_ids[row.target_positions] for row in rows])
 
     def stored_rows(self, indices: Sequence[int], columns: Sequence[str]) -> list[dict[str, list]]:
@@ -163,4 +190,5 @@ def _file(folder: Path, name: str) -> Path:
 
 
 def _map(folder: Path, name: str, dtype: type) -> np.ndarray:
-    return np.memmap(_file(folder, name), dtype=dtype, mode="r")
+    # As a plain array: every slice of an np.memmap is an np.memmap again, several times slower to make.
+    return np.asarray(np.memmap(_file(folder, name), dtype=dtype, mode="r"))

@@ -15,7 +15,7 @@ class RunSummary:
     name: str
     num_steps: int
     nll: float
-    """Plain nll of the last tenth of the steps, mean, nats."""
+    """Plain nll of the last tenth of the steps, mean, nats; sampled where the run did not compute it."""
     loss: float
     """Weighted loss of the same steps, mean."""
     evaluation: dict[str, tuple[float, float]]
@@ -119,7 +119,10 @@ def _read_metrics(run: Path):
     path = metrics_path(run)
     if not path.is_file() or not path.stat().st_size:
         raise UserError(f"{run}: expected a training run with {path.name}, found none")
-    return pl.DataFrame(read_records(path))
+    metrics = pl.DataFrame(read_records(path), infer_schema_length=None)
+    if "nll_sampled" in metrics.columns:
+        metrics = metrics.with_columns(pl.coalesce("nll", "nll_sampled").cast(pl.Float64).alias("nll"))
+    return metrics
 
 
 def _evaluation(run: Path) -> dict[str, tuple[float, float]]:

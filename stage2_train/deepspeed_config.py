@@ -40,15 +40,18 @@ def build_deepspeed_config(config: TrainConfig, dtype: str, world_size: int, hid
 
 
 def learning_rate_at(step: int, num_steps: int, config: TrainConfig) -> float:
-    """Learning rate of a step, steps counted from 1: linear warm-up, then half a cosine to 0, or constant.
+    """Learning rate of a step, steps counted from 1: linear warm-up, then half a cosine to 0, constant, or wsd.
 
     The first of w warm-up steps gets 1/w of the peak, the last of them the peak; the last step of a cosine is the
-    one before 0.
+    one before 0, and so is that of wsd's straight line: its d steps get d/(d+1) to 1/(d+1) of the peak.
     """
     warmup = math.ceil(config.warmup_ratio * num_steps)
     if step <= warmup:
         return config.learning_rate * step / warmup
     if config.schedule == "constant":
         return config.learning_rate
+    if config.schedule == "wsd":
+        decay = math.ceil(config.decay_ratio * num_steps)
+        return config.learning_rate * min(1.0, (num_steps + 1 - step) / (decay + 1))
     progress = (step - 1 - warmup) / max(1, num_steps - warmup)
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -24,8 +24,12 @@ class StepMetrics:
     """From 1."""
     loss: float
     """Weighted loss, normalised as the run is."""
-    nll: float
-    """Plain mean negative log-likelihood of the targets, nats."""
+    nll: float | None
+    """Plain mean negative log-likelihood of all targets, nats; None where some did not go through the head."""
+    nll_sampled: float | None
+    """Else the same, targets of weight zero counted by a sample of them (`train.nll_every`)."""
+    num_nll_targets: int
+    """Targets that nll or nll_sampled is made of."""
     weight_mean: float
     weight_zero_fraction: float
     grad_norm: float
@@ -34,6 +38,8 @@ class StepMetrics:
     num_targets: int
     tokens_per_second: float
     """Over all ranks, padding not counted."""
+    data_wait_seconds: float
+    """That rank 0 waited for its micro-batches."""
 
 
 def metrics_path(run: Path) -> Path:
@@ -92,8 +98,9 @@ class TrainingProgress:
         if not self._is_writer:
             return
         append_line(self._path, asdict(metrics))
+        nll = metrics.nll if metrics.nll is not None else metrics.nll_sampled
         shown = (
-            f"loss {metrics.loss:.4f}  nll {metrics.nll:.4f}  weight {metrics.weight_mean:.3f} "
+            f"loss {metrics.loss:.4f}  {'' if nll is None else f'nll {nll:.4f}  '}weight {metrics.weight_mean:.3f} "
             f"({metrics.weight_zero_fraction:.0%} zero)  {metrics.tokens_per_second:,.0f} tokens/s"
         )
         if self._bar is not None:

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from shared.batching import bounded_batches, longest_first
+from shared.batching import best_fit_packs, bounded_batches, bounded_packs, even_packs, longest_first
 from shared.errors import UserError
 
 MicroBatch = tuple[int, ...]
@@ -52,40 +52,83 @@ def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return generator.permutation(num_rows)
 
 
-def deal(
-    lengths: Sequence[int], world_size: int, max_tokens: int, max_examples: int | None, keep_groups: bool = False
-) -> list[list[MicroBatch]]:
+@dataclass(frozen=True)
+class Bounds:
+    """How a step's examples are cut into micro-batches."""
+
+    max_tokens: int
+    """Bound on a micro-batch's size, padding included; a longer example goes alone."""
+    max_examples: int | None = None
+    """Bound on its examples."""
+    keep_groups: bool = False
+    """Cut neighbours of the step's order, whatever their lengths, and never split a group for the sake of the ranks:
+    needed where the loss is a mean over micro-batches."""
+    packed: bool = False
+    """Examples are laid end to end: a micro-batch's size is the sum of their lengths, not their number times the
+    longest."""
+    attention_tokens: int = 1 << 62
+    """Length at which a token's attention costs as much as all else that is done for it, in packed batches."""
+
+
+def deal(lengths: Sequence[int], num_ranks: int, bounds: Bounds) -> list[list[MicroBatch]]:
     """Cut a step's examples into micro-batches and deal them to ranks.
+
+    Packed micro-batches are as few as best-fit packing needs, made as many as the ranks divide, and then filled
+    evenly by cost. Padded ones hold examples of like length.
 
     Args:
         lengths: tokens of each of the step's examples.
-        max_tokens: bound on a micro-batch's padded size; a longer example goes alone.
-        max_examples: bound on its examples.
-        keep_groups: cut neighbours of the step's order, whatever their lengths, and never split a group for
-            the sake of the ranks: needed where the loss is a mean over micro-batches.
+        num_ranks: how many share the step; ranks that hold parts of the same micro-batches count as one.
 
     Returns:
-        A list of micro-batches for each rank, equally many, balanced by padded size. Every example stands in
-        exactly one.
+        A list of micro-batches for each rank, equally many, balanced by cost. Every example stands in exactly one.
     """
-    order = list(range(len(lengths))) if keep_groups else longest_first(lengths)
-    batches = bounded_batches(lengths, order, max_tokens, max_examples)
-    while len(batches) % world_size and not keep_groups:
-        largest = max(batches, key=lambda batch: (len(batch) > 1, _cost(batch, lengths)))
-        if len(largest) == 1:
-            break
-        batches.remove(largest)
-        batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
-    batches.sort(key=lambda batch: _cost(batch, lengths), reverse=True)
-    batches += [[]] * (-len(batches) % world_size)
-    ranks: list[list[MicroBatch]] = [[] for _ in range(world_size)]
-    for start in range(0, len(batches), world_size):
-        dealt = [tuple(batch) for batch in batches[start : start + world_size]]
+    batches = _cut(lengths, num_ranks, bounds)
+    costs = {id(batch): _cost(batch, lengths, bounds) for batch in batches}
+    batches.sort(key=lambda batch: costs[id(batch)], reverse=True)
+    batches += [[]] * (-len(batches) % num_ranks)
+    ranks: list[list[MicroBatch]] = [[] for _ in range(num_ranks)]
+    for start in range(0, len(batches), num_ranks):
+        dealt = [tuple(batch) for batch in batches[start : start + num_ranks]]
         # There and back again: the rank that got the largest of one round gets the smallest of the next.
-        for rank, batch in enumerate(dealt if start // world_size % 2 == 0 else reversed(dealt)):
+        for rank, batch in enumerate(dealt if start // num_ranks % 2 == 0 else reversed(dealt)):
             ranks[rank].append(batch)
     return ranks
 
 
-def _cost(batch: Sequence[int], lengths: Sequence[int]) -> int:
-    return len(batch) * max((lengths[index] for index in batch), default=0)
+def _cut(lengths: Sequence[int], num_ranks: int, bounds: Bounds) -> list[list[int]]:
+    """Micro-batches, as many as the ranks divide where the examples allow it."""
+    if bounds.keep_groups:
+        cut = bounded_packs if bounds.packed else bounded_batches
+        return cut(lengths, range(len(lengths)), bounds.max_tokens, bounds.max_examples)
+    order = longest_first(lengths)
+    if not bounds.packed:
+        return _split_for_ranks(
+            bounded_batches(lengths, order, bounds.max_tokens, bounds.max_examples), lengths, num_ranks, bounds
+        )
+    fewest = best_fit_packs(lengths, order, bounds.max_tokens, bounds.max_examples)
+    num_packs = min(len(lengths), len(fewest) + -len(fewest) % num_ranks)
+    costs = [_cost([index], lengths, bounds) for index in range(len(lengths))]
+    even = even_packs(lengths, costs, order, num_packs, bounds.max_tokens, bounds.max_examples)
+    return even or _split_for_ranks(fewest, lengths, num_ranks, bounds)
+
+
+def _split_for_ranks(
+    batches: list[list[int]], lengths: Sequence[int], num_ranks: int, bounds: Bounds
+) -> list[list[int]]:
+    """Halve the costliest micro-batches until the ranks divide their number, or none can be halved."""
+    batches = list(batches)
+    while len(batches) % num_ranks:
+        largest = max(batches, key=lambda batch: (len(batch) > 1, _cost(batch, lengths, bounds)))
+        if len(largest) == 1:
+            break
+        batches.remove(largest)
+        batches += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    return batches
+
+
+def _cost(batch: Sequence[int], lengths: Sequence[int], bounds: Bounds) -> float:
+    """Work of a micro-batch, in tokens."""
+    if not bounds.packed:
+        return len(batch) * max((lengths[index] for index in batch), default=0)
+    return sum(lengths[index] * (1 + lengths[index] / bounds.attention_tokens) for index in batch)

@@ -43,9 +43,9 @@ def refuse_small_vocabulary(vocab_size: int, manifest: Manifest, model_name: str
 
 
 def stored_logprobs(cache: ScoreCache, rows: Sequence[int]) -> list[np.ndarray]:
-    """The prior's log-probabilities of the targets of some rows, as the store has them."""
+    """The prior's log-probabilities of some rows as the store has them, float32 (T,), NaN where no target is."""
     records = cache.stored_rows(rows, ["logprob"])
-    return [np.array([v for v in record["logprob"] if v is not None], np.float32) for record in records]
+    return [np.array(record["logprob"], dtype=np.float32) for record in records]
 
 
 def refuse_misaligned(

@@ -14,19 +14,23 @@ from shared.config import Config, TrainConfig
 from shared.errors import UserError
 from shared.files import probe_writable, replacing
 from shared.head import head_difference, prepare_head, refuse_unknown_head, vocab_rows
+from shared.packed_attention import packing_obstacle, use_packed_attention
 from shared.pretrained import PretrainedFiles, find_pretrained, load_causal_lm, load_tokenizer
 from shared.weighting import Weighting, resolve_weighting
+from stage2_train.batch import BatchForm
 from stage2_train.cache import ScoreCache, open_cache
 from stage2_train.checkpoint import newest_checkpoint, read_state, use_safe_loading
 from stage2_train.deepspeed_config import build_deepspeed_config
 from stage2_train.distributed import World
 from stage2_train.loss import WeightedLM
 from stage2_train.metrics import metrics_path
-from stage2_train.plan import MicroBatch, Plan, deal, make_plan
+from stage2_train.plan import Bounds, MicroBatch, Plan, deal, make_plan
 from stage2_train.preflight import refuse_other_tokenizer, refuse_small_vocabulary
+from stage2_train.sequence_parallel import make_group, sequence_parallel_obstacle, use_sequence_parallel_attention
 
 _FREE_TO_CHANGE = {
     "output", "cache_dir", "eval_scores", "eval_steps", "checkpoint_steps", "keep_checkpoints", "resume", "scores",
+    "nll_every",
 }  # fmt: skip
 """Settings that a resumed run may change: they do not touch the numbers."""
 
@@ -47,12 +51,19 @@ class Job:
     checkpoint: Path | None
     """To resume from."""
 
-    def deal(self, rows: np.ndarray, world_size: int) -> list[list[MicroBatch]]:
-        """The micro-batches of a step, a list for each rank."""
-        return deal(
-            self.cache.lengths[rows].tolist(), world_size, self.config.micro_batch_tokens,
-            self.config.micro_batch_examples, keep_groups=self.config.normalize_by == "micro_batch",
+    def bounds(self, form: BatchForm) -> Bounds:
+        """How a step is cut into micro-batches; ranks that share one have room for as many times the tokens."""
+        config = self.config
+        # A layer has about 12 * hidden_size^2 weights, and a token's attention costs its length * hidden_size.
+        attention_tokens = 12 * int(self.files.config().get("hidden_size", 1024))
+        return Bounds(
+            config.micro_batch_tokens * form.num_parts, config.micro_batch_examples,
+            config.normalize_by == "micro_batch", form.packed, attention_tokens,
         )  # fmt: skip
+
+    def deal(self, rows: np.ndarray, world_size: int, form: BatchForm) -> list[list[MicroBatch]]:
+        """The micro-batches of a step, a list for each rank, or for each group of ranks that share them."""
+        return deal(self.cache.lengths[rows].tolist(), world_size // form.num_parts, self.bounds(form))
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on from."""
@@ -69,6 +80,12 @@ def prepare(config: Config) -> Job:
     if train.scores is None:
         raise UserError("expected train.scores, the score store to train from; got none")
     weighting = resolve_weighting(train)
+    num_ranks = layout(train)["world_size"]
+    if num_ranks % train.sequence_parallel:
+        raise UserError(
+            f"train.sequence_parallel={train.sequence_parallel}: expected a number of ranks that it divides, "
+            f"got {num_ranks}"
+        )
     cache_dir = Path(train.cache_dir) if train.cache_dir else Path.home() / ".cache" / "prift"
     prior_columns = weighting.columns if weighting.source == "prior" else ()
     cache = open_cache(Path(train.scores), prior_columns, cache_dir)
@@ -100,8 +117,12 @@ def write_config(job: Job) -> None:
         temporary.write_text(yaml.safe_dump({"train": job.config.model_dump(mode="json")}, sort_keys=False))
 
 
-def build_engine(job: Job, world: World, online_columns: tuple[str, ...]) -> tuple[Any, Any]:
-    """Load the model and wrap it with DeepSpeed; called by all ranks. Returns (engine, model)."""
+def build_engine(job: Job, world: World) -> tuple[Any, Any, BatchForm]:
+    """Load the model and wrap it with DeepSpeed; called by all ranks.
+
+    Returns:
+        The engine, around a `WeightedLM`; the model in it; and the form of the micro-batches that it takes.
+    """
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
@@ -118,7 +139,7 @@ def build_engine(job: Job, world: World, online_columns: tuple[str, ...]) -> tup
     prepare_head(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = WeightedLM(model, online_columns)
+    module = WeightedLM(model, config.logits_bytes(world.device.type), config.gradient_checkpointing == "offload")
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=True,
@@ -127,7 +148,31 @@ def build_engine(job: Job, world: World, online_columns: tuple[str, ...]) -> tup
     use_safe_loading(engine)
     probe = torch.arange(8, device=world.device).remainder(vocab_rows(model))[None]
     refuse_unknown_head(model, float(head_difference(model, probe)))
-    return engine, model
+    return engine, model, choose_form(model, config, world)
+
+
+def choose_form(model: Any, config: TrainConfig, world: World) -> BatchForm:
+    """How micro-batches are laid out for a model, which is switched to an attention that takes them; by all ranks.
+
+    Raises:
+        UserError: packed micro-batches or sequence parallelism were asked for, and the model cannot take them.
+    """
+    num_parts = config.sequence_parallel
+    if config.padding_free is False:
+        return BatchForm()
+    obstacle = packing_obstacle(model, with_gradient=True)
+    if obstacle and config.padding_free == "auto" and num_parts == 1:
+        return BatchForm()
+    if obstacle:
+        raise UserError(f"expected a model that takes packed micro-batches, but {obstacle}: set "
+                        "train.padding_free=false (and train.sequence_parallel=1), which pads instead")  # fmt: skip
+    if num_parts == 1:
+        use_packed_attention(model)
+        return BatchForm(packed=True)
+    if obstacle := sequence_parallel_obstacle(model, num_parts):
+        raise UserError(f"train.sequence_parallel={num_parts}: {obstacle}")
+    use_sequence_parallel_attention(model, make_group(num_parts))
+    return BatchForm(True, world.rank % num_parts, num_parts)
 
 
 def _refuse_unknown_keys(ds_config: dict[str, Any]) -> None:

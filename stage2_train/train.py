@@ -45,9 +45,10 @@ def train(pipeline: str, overrides: list[str]) -> None:
     from stage2_train.announce import announce
     from stage2_train.trainer import Trainer
 
+    trainer = Trainer(job, world)
     if world.rank == 0:
-        announce(job, world)
-    Trainer(job, world).run()
+        announce(job, world, trainer.form)
+    trainer.run()
     # Not after an error: closing the group would end the others before this rank has said what it met.
     import torch
 

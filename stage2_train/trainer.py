@@ -1,7 +1,4 @@
-"""The training loop.
-
-Shape suffixes: N targets of a micro-batch, R rows of the step.
-"""
+"""The training loop."""
 
 import time
 from collections.abc import Sequence
@@ -12,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import UserError
-from stage2_train.batch import Batch, make_batch
+from stage2_train.batch import Batch
 from stage2_train.checkpoint import (
     export_model,
     load_checkpoint,
@@ -24,11 +21,13 @@ from stage2_train.checkpoint import (
 from stage2_train.deepspeed_config import learning_rate_at
 from stage2_train.distributed import World
 from stage2_train.evaluate import evaluate
-from stage2_train.loss import Weigh
+from stage2_train.loss import GivenWeights
 from stage2_train.metrics import StepMetrics, TrainingProgress, append_line, cut_after, eval_path, metrics_path
 from stage2_train.preflight import refuse_misaligned, stored_logprobs
 from stage2_train.setup import Job, build_engine, layout, resolve_dtype
-from stage2_train.weigh import StepWeigher, WeighedBatch
+from stage2_train.step import accumulate_gradients, weigh_step
+from stage2_train.step_loader import StepLoader
+from stage2_train.weigh import StepWeigher
 
 
 class Trainer:
@@ -38,7 +37,8 @@ class Trainer:
         """Load the model, and the checkpoint if there is one; called by all ranks."""
         self.job, self.world, self.config = job, world, job.config
         self.weigher = StepWeigher(job.weighting, job.config, job.cache, world.all_reduce)
-        self.engine, self.model = build_engine(job, world, self.weigher.online_columns)
+        self.engine, self.model, self.form = build_engine(job, world)
+        self.loader = StepLoader(job, world, self.form, self.weigher)
         self.engine.train()
         self.first_step = 1
         if job.checkpoint is not None:
@@ -61,6 +61,7 @@ class Trainer:
                     self._evaluate(step)
                 if is_last or step % self.config.checkpoint_steps == 0:
                     self._save(step)
+        self.loader.close()
         export_model(self.engine, self.model, self.job.tokenizer, self.job.output / "model")
         self.world.barrier()
 
@@ -68,27 +69,15 @@ class Trainer:
         """One optimizer step: every micro-batch forward and backward, then the update."""
         started = time.perf_counter()
         learning_rate = learning_rate_at(step, self.job.plan.num_steps, self.config)
-        rows = self.job.plan.rows_of_step(step)
+        loaded, waited = self.loader.get(step)
+        rows = loaded.rows
         # Dropout, where a model has it, is a function of step and rank: a resumed run draws the same.
         torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + self.world.rank)
-        weighed = self._micro_batches(rows)
+        weighed = weigh_step(step, loaded, self.weigher, self.engine, self.world)
         if step == 1 and self.job.starts_from_prior:
             self._refuse_misaligned(rows, [part.batch for part in weighed])
-        # Weighted loss, sum of weights, zero weights, tokens; then the nll of each row of the step.
-        totals = torch.zeros(4 + len(rows), dtype=torch.float64, device=self.world.device)
-        for part in weighed:
-            weighted_sum, nll_N, weights_N = self.engine(part.batch.tokens, part.weigh)
-            loss = weighted_sum * part.scale
-            # DeepSpeed averages gradients over ranks; the loss is a sum over them.
-            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
-            totals[0] += loss.detach()
-            totals[1] += weights_N.sum(dtype=torch.float64)
-            totals[2] += (weights_N == 0).sum()
-            totals[3] += part.batch.num_tokens
-            totals[4:].index_add_(0, part.batch.places_N, nll_N.double())
-        self.world.all_reduce(totals)
-        row_nll_R = totals[4:].cpu().numpy()
-        self._refuse_non_finite(step, rows, row_nll_R, float(totals[0]))
+        totals = accumulate_gradients(self.engine, self.world, weighed, len(rows))
+        self._refuse_non_finite(step, rows, totals.row_nll_R, totals.loss)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
@@ -98,26 +87,15 @@ class Trainer:
                 f"step {step}: the gradient's norm is {grad_norm}; the step was not applied. {self._advice()}"
             )
         num_targets = int(self.job.cache.num_targets[rows].sum())
+        nll = totals.nll(num_targets)
         return StepMetrics(
-            step=step, loss=float(totals[0]), nll=float(row_nll_R.sum()) / num_targets,
-            weight_mean=float(totals[1]) / num_targets, weight_zero_fraction=float(totals[2]) / num_targets,
+            step=step, loss=totals.loss, nll=nll,
+            nll_sampled=totals.nll_sampled(num_targets) if nll is None else None,
+            num_nll_targets=totals.num_kept + totals.num_watched,
+            weight_mean=totals.weight_sum / num_targets, weight_zero_fraction=1.0 - totals.num_kept / num_targets,
             grad_norm=grad_norm, lr=learning_rate, num_targets=num_targets,
-            tokens_per_second=float(totals[3]) / (time.perf_counter() - started),
+            tokens_per_second=totals.num_tokens / (time.perf_counter() - started), data_wait_seconds=waited,
         )  # fmt: skip
-
-    def _micro_batches(self, rows: np.ndarray) -> list[WeighedBatch]:
-        """This rank's share of a step."""
-        cache, dealt = self.job.cache, self.job.deal(rows, self.world.size)
-        num_groups = sum(1 for rank in dealt for micro_batch in rank if micro_batch)
-        stop_token_ids = cache.manifest.stop_token_ids
-        batches = [
-            make_batch(cache, rows, micro_batch, stop_token_ids, self.world.device)
-            for micro_batch in dealt[self.world.rank]
-        ]
-        return self.weigher.prepare(rows, batches, num_groups, self._forward)
-
-    def _forward(self, batch: Batch, weigh: Weigh) -> tuple[Tensor, Tensor, Tensor]:
-        return self.engine(batch.tokens, weigh)
 
     def _refuse_non_finite(self, step: int, rows: np.ndarray, row_nll_R: np.ndarray, loss: float) -> None:
         """Stop before the update where a number is not finite, and name the rows."""
@@ -135,9 +113,9 @@ class Trainer:
         difference_R = torch.zeros(len(rows), dtype=torch.float64, device=self.world.device)
         for batch in batches:
             nll_N = self._nll(batch)
-            members = torch.unique_consecutive(batch.places_N).tolist()
-            if members:
-                stored_N = torch.from_numpy(np.concatenate([stored[place] for place in members])).to(nll_N.device)
+            if len(nll_N):
+                pairs = zip(batch.places_N.tolist(), batch.positions_N.tolist(), strict=True)
+                stored_N = torch.tensor([stored[place][position] for place, position in pairs], device=nll_N.device)
                 difference_R.index_add_(0, batch.places_N, (nll_N + stored_N).abs().double())
         means = self.world.all_reduce(difference_R).cpu().numpy() / self.job.cache.num_targets[rows]
         dtypes = {resolve_dtype(self.config), self.job.cache.manifest.identity.weight_dtype}
@@ -154,14 +132,15 @@ class Trainer:
     def _nll(self, batch: Batch) -> Tensor:
         """nll_N of a micro-batch without dropout and gradient; called by all ranks."""
         self.engine.eval()
-        zeros_N = torch.zeros(batch.num_targets, device=self.world.device)
-        nll_N = self._forward(batch, lambda online: zeros_N)[1]
+        none = torch.zeros(0, dtype=torch.int64, device=self.world.device)
+        everywhere_N = torch.arange(len(batch.places_N), device=self.world.device)
+        nll_N = self.engine(batch.tokens, GivenWeights(none.float(), none, everywhere_N))[1]
         self.engine.train()
         return nll_N
 
     def _evaluate(self, step: int) -> None:
         for name, cache in self.job.eval_caches.items():
-            result = evaluate(step, name, cache, self._nll, self.world, self.config.micro_batch_tokens)
+            result = evaluate(step, name, cache, self._nll, self.world, self.job.bounds(self.form), self.form)
             if self.world.rank == 0:
                 append_line(eval_path(self.job.output), asdict(result))
                 supported = "none" if result.nll_supported is None else f"{result.nll_supported:.4f}"

@@ -57,7 +57,7 @@ def metrics_of(run: Path) -> list[dict]:
     """The lines of metrics.jsonl, without what depends on the machine."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["tokens_per_second"]
+        del line["tokens_per_second"], line["data_wait_seconds"]
     return lines
 
 

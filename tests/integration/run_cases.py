@@ -4,6 +4,7 @@ usage: run_cases.py PIPELINE CASES.json, the cases being lists of overrides
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 
 def main() -> None:
+    import torch
+
     from shared.load_config import load_config
     from stage2_train.announce import announce
     from stage2_train.distributed import meet
@@ -21,9 +24,14 @@ def main() -> None:
     world = meet()
     for overrides in cases:
         job = prepare(load_config(pipeline, overrides))
+        trainer = Trainer(job, world)
         if world.rank == 0:
-            announce(job, world)
-        Trainer(job, world).run()
+            announce(job, world, trainer.form)
+        trainer.run()
+    # As stage2_train/train.py leaves: gloo's threads may abort an interpreter that ends while the group is open.
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,23 @@ def training(store: Path, output: Path, stage: int) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_killed_training_resumes_to_the_same_bits(demo_store: Path, pipeline: Path, tmp_path: Path, stage: int):
+OFFLOADED = [
+    "train.deepspeed.zero_optimization.offload_optimizer.device=cpu",
+    "train.deepspeed.zero_optimization.offload_param.device=cpu", "train.sequence_parallel=2",
+    "train.gradient_checkpointing=offload", "train.schedule=wsd",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "more"), [(1, []), (3, []), (3, OFFLOADED)], ids=["1", "3", "3-offloaded"])
+def test_a_killed_training_resumes_to_the_same_bits(
+    demo_store: Path, pipeline: Path, tmp_path: Path, stage: int, more: list[str]
+):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = finish(deepspeed_command(2, *training(demo_store, whole, stage), pipeline=pipeline))
+    done = finish(deepspeed_command(2, *training(demo_store, whole, stage), *more, pipeline=pipeline))
     assert done.code == 0, done.output
     assert len(metrics_of(whole)) == 24
 
-    command = deepspeed_command(2, *training(demo_store, killed, stage), pipeline=pipeline)
+    command = deepspeed_command(2, *training(demo_store, killed, stage), *more, pipeline=pipeline)
     process = start(command)
     wait_for(lambda: (killed / "checkpoints" / "step-0000010").is_dir(), process)
     os.killpg(process.pid, signal.SIGKILL)

@@ -38,8 +38,8 @@ def test_outputs_of_a_run(trained: tuple[Path, Finished]):
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert set(lines[0]) == {
-        "step", "loss", "nll", "weight_mean", "weight_zero_fraction", "grad_norm", "lr", "num_targets",
-        "tokens_per_second",
+        "step", "loss", "nll", "nll_sampled", "num_nll_targets", "weight_mean", "weight_zero_fraction", "grad_norm",
+        "lr", "num_targets", "tokens_per_second", "data_wait_seconds",
     }  # fmt: skip
     assert lines[0]["lr"] == pytest.approx(1e-3)  # one step of warm-up
     resolved = yaml.safe_load((output / "config.yaml").read_text())["train"]
@@ -81,12 +81,16 @@ def test_world_size_stage_and_micro_batches_do_not_change_the_curve(
 
     def case(name: str, *more: str) -> list[str]:
         return [f"train.scores={demo_store}", "train.method=prift_mass", "train.batch_size=12", "train.epochs=2",
-                "train.learning_rate=1e-3", f"train.output={tmp_path}/{name}", *more]  # fmt: skip
+                "train.learning_rate=1e-3", f"train.eval_scores={demo_store}", f"train.output={tmp_path}/{name}",
+                *more]  # fmt: skip
 
     one = [case("one"), case("small", "train.micro_batch_tokens=200", "train.micro_batch_examples=2")]
     two = [case("two-1"), case("two-2", "train.deepspeed.zero_optimization.stage=2", "train.micro_batch_tokens=300"),
            case("two-3", "train.deepspeed.zero_optimization.stage=3"),
-           case("checkpointing", "train.gradient_checkpointing=true"),
+           case("checkpointing", "train.gradient_checkpointing=true"), case("padded", "train.padding_free=false"),
+           case("sequence", "train.sequence_parallel=2", "train.gradient_checkpointing=offload"),
+           case("sequence-3", "train.sequence_parallel=2", "train.deepspeed.zero_optimization.stage=3",
+                "train.micro_batch_tokens=100"),
            case("zero-0", "train.deepspeed.zero_optimization.stage=0")]  # fmt: skip
     for cases, ranks in ((one, 1), (two, 2)):
         done = train_cases(cases, ranks)
@@ -94,11 +98,44 @@ def test_world_size_stage_and_micro_batches_do_not_change_the_curve(
     assert "stage 0 runs as stage 1" in done.output
     reference = metrics_of(tmp_path / "one")
     assert len(reference) == 16
-    for name in ("small", "two-1", "two-2", "two-3", "checkpointing", "zero-0"):
+    evaluation = read_evaluation(tmp_path / "one")
+    for name in ("small", "two-1", "two-2", "two-3", "checkpointing", "padded", "sequence", "sequence-3", "zero-0"):
+        for ours, theirs in zip(read_evaluation(tmp_path / name), evaluation, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-3)
         for ours, theirs in zip(metrics_of(tmp_path / name), reference, strict=True):
             assert ours["num_targets"] == theirs["num_targets"]
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-4), (name, ours["step"])
             assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3), (name, ours["step"])
+
+
+def read_evaluation(run: Path) -> list[tuple[float, float]]:
+    lines = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    return [(line["nll"], line["nll_supported"]) for line in lines]
+
+
+def test_the_plain_nll_is_exact_or_sampled_and_changes_nothing(
+    demo_store: Path, train_cases: TrainCases, tmp_path: Path
+):
+    """Which targets of weight zero are looked at is the log's affair alone."""
+    cases = {
+        name: [f"train.scores={demo_store}", "train.batch_size=24", "train.max_steps=3", "train.learning_rate=1e-3",
+               f"train.method={method}", f"train.nll_every={every}", f"train.output={tmp_path}/{name}"]
+        for name, method, every in (("all", "prift_mass", 1), ("some", "prift_mass", 4), ("sft", "sft", 4))
+    }  # fmt: skip
+    done = train_cases(list(cases.values()), 2)
+    assert done.code == 0, done.output
+    every, some, sft = (metrics_of(tmp_path / name) for name in cases)
+    for exact, sampled in zip(every, some, strict=True):
+        assert (exact["nll_sampled"], sampled["nll"]) == (None, None)
+        assert exact["num_nll_targets"] == exact["num_targets"]
+        num_kept = round((1 - exact["weight_zero_fraction"]) * exact["num_targets"])
+        num_sampled = sampled["num_nll_targets"] - num_kept
+        assert 0.15 < num_sampled / (exact["num_targets"] - num_kept) < 0.35
+        assert sampled["nll_sampled"] == pytest.approx(exact["nll"], rel=0.2)
+        for name in ("loss", "grad_norm", "weight_mean"):
+            assert exact[name] == sampled[name]
+    assert sft[0]["nll"] == pytest.approx(every[0]["nll"], rel=1e-5)
+    assert sft[0]["nll_sampled"] is None
 
 
 def test_a_store_scored_in_bfloat16_trains_in_float32(pipeline: Path, train_cases: TrainCases, tmp_path: Path):
@@ -186,6 +223,8 @@ BAD_INPUT = {
         "score.columns=[logprob,mass_rank,collision]",
     ),
     "batch too large": (["train.batch_size=1000"], "the store has 32 rows"),
+    "ranks that cannot share": (["train.sequence_parallel=2"], "expected a number of ranks that it divides, got 1"),
+    "shared but padded": (["train.sequence_parallel=2", "train.padding_free=false"], "needs packed micro-batches"),
     "a checkpoint that is none": (["train.resume=/nowhere"], "expected a checkpoint in"),
     "a DeepSpeed key of ours": (["train.deepspeed.gradient_clipping=1"], "set train.gradient_clipping instead"),
     "a misspelt DeepSpeed key": (

@@ -326,11 +326,36 @@ def test_a_kernel_that_sees_other_tokens_is_an_obstacle(with_kernel, shift: tupl
     with_kernel(wrong)
     obstacle = packing_obstacle(tiny_model("llama").bfloat16())
     assert obstacle is not None
-    assert obstacle.endswith(f"here (window {window})")
+    assert obstacle.endswith(f"here (output, window={window})")
+
+
+class _WrongBackward(torch.autograd.Function):
+    """A kernel that is right forward, and backward forgets the query's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, output: Tensor) -> Tensor:
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(gradients[0]), gradients[0] * 1.5
+
+
+def test_a_kernel_with_wrong_gradients_is_an_obstacle_to_training(with_kernel):
+    def wrong(query: Tensor, *arguments: Any, scale: Any, window_size: Any) -> Tensor:
+        return _WrongBackward.apply(query, older_kernel(query, *arguments, scale=scale, window_size=window_size))
+
+    with_kernel(wrong)
+    model = tiny_model("llama").bfloat16()
+    assert packing_obstacle(model) is None
+    obstacle = packing_obstacle(model, with_gradient=True)
+    assert obstacle is not None
+    assert obstacle.endswith("here (gradient, window=None)")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_kernel_that_only_rounds_is_no_obstacle(with_kernel, dtype: torch.dtype):
     with_kernel(older_kernel)
     for head_dim in (8, 64, 256):
-        assert packing_obstacle(tiny_model("llama", head_dim=head_dim, num_key_value_heads=1).to(dtype)) is None
+        model = tiny_model("llama", head_dim=head_dim, num_key_value_heads=1).to(dtype)
+        assert packing_obstacle(model, with_gradient=True) is None

@@ -2,7 +2,9 @@
 
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,7 +29,62 @@ def test_rows_are_those_of_the_store(scored_store: Path, stored: list[dict], tmp
         assert row.target_positions.tolist() == positions
         for name in ("logprob", "mass_rank"):
             assert row.statistics[name].tolist() == [record[name][i] for i in positions]
-    assert cache.lengths.tolist() == [len(record["input_ids"]) for record in stored]
+
+
+def test_counts_of_any_rows_are_those_of_the_store(scored_store: Path, stored: list[dict], tmp_path: Path):
+    cache = open_cache(scored_store, (), tmp_path)
+    lengths = np.array([len(record["input_ids"]) for record in stored])
+    num_targets = np.array([sum(value is not None for value in record["logprob"]) for record in stored])
+    last = len(stored) - 1
+    for counts, expected in ((cache.lengths, lengths), (cache.num_targets, num_targets)):
+        for rows in (np.arange(len(stored)), np.array([3, 0, last, 3]), np.array([[0], [last]]), np.zeros(0, np.int64)):
+            assert counts[rows].dtype == np.int64
+            assert np.array_equal(counts[rows], expected[rows])
+        for part in (slice(None), slice(2, 9, 3), slice(-2, None)):
+            assert np.array_equal(counts[part], expected[part])
+        assert counts[np.int64(0)] == expected[0]
+        assert len(counts) == len(stored)
+        assert counts.sum() == expected.sum()
+
+
+@pytest.mark.parametrize("rows", [np.array([0, -1]), np.array([True, False])])
+def test_counts_take_places_and_nothing_else(scored_store: Path, tmp_path: Path, rows: np.ndarray):
+    with pytest.raises(AssertionError):
+        open_cache(scored_store, (), tmp_path).lengths[rows]
+
+
+def test_all_that_grows_with_the_store_stays_in_its_files(scored_store: Path, tmp_path: Path):
+    cache = open_cache(scored_store, ("logprob", "mass_rank"), tmp_path)
+    arrays = list(arrays_within(cache))
+    assert len(arrays) == len(list(tmp_path.rglob("*.bin"))) == 6
+    for array in arrays:
+        assert type(array) is np.ndarray  # slices of an np.memmap take several times as long
+        assert isinstance(array.base, np.memmap)
+
+
+def arrays_within(value: Any) -> Iterator[np.ndarray]:
+    """Every array that an object holds, at any depth; no list or dict of it may have an entry per row."""
+    if isinstance(value, np.ndarray):
+        yield value
+        return
+    if isinstance(value, dict):
+        members = list(value.values())
+    else:
+        members = list(value) if isinstance(value, list | tuple) else list(getattr(value, "__dict__", {}).values())
+    assert len(members) < 20
+    for member in members:
+        yield from arrays_within(member)
+
+
+def test_the_first_targets_are_those_of_whole_rows(scored_store: Path, stored: list[dict], tmp_path: Path):
+    cache = open_cache(scored_store, (), tmp_path)
+    by_row = [
+        [i for i, value in zip(record["input_ids"], record["logprob"], strict=True) if value is not None]
+        for record in stored
+    ]
+    two = len(by_row[0]) + len(by_row[1])
+    for most, num_rows in ((two, 2), (two - 1, 1), (1, 1), (10**9, len(stored))):
+        assert cache.target_ids(most).tolist() == [i for ids in by_row[:num_rows] for i in ids]
 
 
 def test_only_the_columns_asked_for_are_converted_and_later_ones_are_added(scored_store: Path, tmp_path: Path):
@@ -38,7 +95,7 @@ def test_only_the_columns_asked_for_are_converted_and_later_ones_are_added(score
     ]  # fmt: skip
     before = (folder / "input_ids.bin").stat().st_mtime_ns
     later = open_cache(scored_store, ("entropy",), tmp_path)
-    assert (folder / "entropy.bin").stat().st_size == 4 * int(cache.num_targets.sum())
+    assert (folder / "entropy.bin").stat().st_size == 4 * cache.num_targets.sum()
     assert (folder / "input_ids.bin").stat().st_mtime_ns == before
     assert later.key == cache.key
 

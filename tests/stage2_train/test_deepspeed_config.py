@@ -42,3 +42,21 @@ def test_constant_without_warm_up():
 
 def test_a_single_step_gets_the_peak():
     assert learning_rate_at(1, 1, TrainConfig(learning_rate=3e-4)) == 3e-4
+
+
+def test_wsd_is_stable_then_falls_to_one_step_before_zero():
+    config = TrainConfig(learning_rate=2.0, warmup_ratio=0.2, schedule="wsd", decay_ratio=0.3)
+    rates = [learning_rate_at(step, 10, config) for step in range(1, 11)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("decay_ratio", [0.0, 1.0])
+def test_wsd_without_decay_and_without_a_stable_part(decay_ratio: float):
+    config = TrainConfig(learning_rate=5.0, warmup_ratio=0.0, schedule="wsd", decay_ratio=decay_ratio)
+    rates = [learning_rate_at(step, 4, config) for step in range(1, 5)]
+    assert rates == pytest.approx([4.0, 3.0, 2.0, 1.0] if decay_ratio else [5.0] * 4)
+
+
+def test_warm_up_and_decay_must_fit_into_the_run():
+    with pytest.raises(ValueError, match=r"warmup_ratio=0.6 and train.decay_ratio=0.5 make more than 1"):
+        TrainConfig(schedule="wsd", warmup_ratio=0.6, decay_ratio=0.5)

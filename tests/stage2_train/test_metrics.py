@@ -21,7 +21,7 @@ def test_lines_after_the_checkpoint_are_cut_and_so_is_a_torn_one(tmp_path: Path)
 
 
 def test_only_the_writer_writes(tmp_path: Path, capsys):
-    metrics = StepMetrics(1, 0.5, 2.0, 0.25, 0.75, 1.5, 1e-4, 100, 1234.0)
+    metrics = StepMetrics(1, 0.5, None, 2.0, 90, 0.25, 0.75, 1.5, 1e-4, 100, 1234.0, 0.001)
     TrainingProgress(tmp_path, 1, 1, is_writer=False).record(metrics)
     assert not (tmp_path / "metrics.jsonl").exists()
     TrainingProgress(tmp_path, 1, 1, is_writer=True).record(metrics)

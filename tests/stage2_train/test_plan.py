@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shared.errors import UserError
-from stage2_train.plan import deal, make_plan
+from stage2_train.plan import Bounds, deal, make_plan
 
 
 def test_each_epoch_is_a_permutation_and_the_last_partial_batch_is_dropped():
@@ -34,43 +34,65 @@ def test_fewer_rows_than_a_batch_are_refused():
         make_plan(10, 11, 1, None, 0)
 
 
-@pytest.mark.parametrize("world_size", range(1, 9))
+def size_of(batch: tuple[int, ...], lengths: list[int], packed: bool) -> int:
+    chosen = [lengths[place] for place in batch]
+    return sum(chosen) if packed else len(chosen) * max(chosen)
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 9))
 @pytest.mark.parametrize("keep_groups", [False, True])
-def test_every_example_is_dealt_once_and_ranks_are_even(world_size: int, keep_groups: bool):
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_example_is_dealt_once_and_ranks_are_even(num_ranks: int, keep_groups: bool, packed: bool):
     lengths = np.random.default_rng(0).integers(3, 700, size=37).tolist()
-    ranks = deal(lengths, world_size, max_tokens=1024, max_examples=4, keep_groups=keep_groups)
-    assert len(ranks) == world_size
+    ranks = deal(lengths, num_ranks, Bounds(1024, 4, keep_groups, packed))
+    assert len(ranks) == num_ranks
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for rank in ranks for batch in rank]
     assert sorted(place for batch in batches for place in batch) == list(range(37))
     for batch in batches:
         assert len(batch) <= 4
-        assert len(batch) <= 1 or len(batch) * max(lengths[place] for place in batch) <= 1024
+        assert len(batch) <= 1 or size_of(batch, lengths, packed) <= 1024
 
 
-def test_groups_are_the_same_for_any_world_size():
+@pytest.mark.parametrize("packed", [False, True])
+def test_groups_are_the_same_for_any_world_size(packed: bool):
     lengths = np.random.default_rng(1).integers(3, 200, size=30).tolist()
-    groups = [
-        sorted(batch for rank in deal(lengths, size, 10_000, 4, keep_groups=True) for batch in rank if batch)
-        for size in (1, 2, 3, 8)
-    ]
+    bounds = Bounds(10_000, 4, keep_groups=True, packed=packed)
+    groups = [sorted(batch for rank in deal(lengths, size, bounds) for batch in rank if batch) for size in (1, 2, 3, 8)]
     assert groups[0] == [tuple(range(start, min(start + 4, 30))) for start in range(0, 30, 4)]
     assert all(group == groups[0] for group in groups)
 
 
-def test_work_is_balanced_over_ranks():
+@pytest.mark.parametrize("packed", [False, True])
+def test_work_is_balanced_over_ranks(packed: bool):
     lengths = np.random.default_rng(2).integers(50, 500, size=256).tolist()
-    ranks = deal(lengths, 4, 4096, None)
-    costs = [sum(len(batch) * max(lengths[place] for place in batch) for batch in rank if batch) for rank in ranks]
+    ranks = deal(lengths, 4, Bounds(4096, packed=packed, attention_tokens=1000))
+
+    def cost(batch: tuple[int, ...]) -> float:
+        if packed:
+            return sum(lengths[place] * (1 + lengths[place] / 1000) for place in batch)
+        return size_of(batch, lengths, packed)
+
+    costs = [sum(cost(batch) for batch in rank if batch) for rank in ranks]
     # The step takes as long as its slowest rank.
-    assert max(costs) <= 1.1 * np.mean(costs)
+    assert max(costs) <= (1.001 if packed else 1.1) * np.mean(costs)
+
+
+def test_packed_micro_batches_are_as_few_as_they_can_be():
+    lengths = np.random.default_rng(3).integers(50, 500, size=512).tolist()
+    for num_ranks in (1, 2, 8):
+        ranks = deal(lengths, num_ranks, Bounds(4096, packed=True))
+        fewest = -(-sum(lengths) // 4096)
+        assert len(ranks[0]) == -(-fewest // num_ranks)
 
 
 def test_fewer_examples_than_ranks_leave_empty_micro_batches():
-    ranks = deal([5, 6], 4, 100, None)
-    assert sorted(len(batch) for rank in ranks for batch in rank) == [0, 0, 1, 1]
+    for packed in (False, True):
+        ranks = deal([5, 6], 4, Bounds(100, packed=packed))
+        assert sorted(len(batch) for rank in ranks for batch in rank) == [0, 0, 1, 1]
 
 
 def test_an_example_longer_than_the_bound_goes_alone():
-    ranks = deal([500, 10, 10], 1, 100, None)
-    assert sorted(ranks[0]) == [(0,), (1, 2)]
+    for packed in (False, True):
+        ranks = deal([500, 10, 10], 1, Bounds(100, packed=packed))
+        assert sorted(ranks[0]) == [(0,), (1, 2)]
