@@ -48,11 +48,10 @@ class Batch:
     """Of the whole micro-batch."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device; copies to a GPU do not wait."""
-        pin = device.type == "cuda"
+        """The batch on a device."""
 
         def move(tensor: Tensor) -> Tensor:
-            return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
+            return tensor.to(device, non_blocking=True)
 
         prior = {name: move(values) for name, values in self.prior.items()}
         return Batch(

@@ -66,14 +66,17 @@ def test_every_rule_source_and_normalisation_against_float64(
         (rule, source, normalisations[index % 3])
         for index, (rule, source) in enumerate(itertools.product(RULES, ["prior", "online"]))
     ] + [("mass", "prior", "kept"), ("prob", "online", "weights"), ("prob", "prior", "micro_batch")]
+    shared = [("talr", "online", "targets"), ("prob", "prior", "micro_batch"), ("mass", "prior", "kept")]
     cases, expected = [], []
-    for rule, source, normalisation in combinations:
-        output = tmp_path / f"{rule}-{source}-{normalisation}"
+    for index, (rule, source, normalisation) in enumerate(combinations + shared):
+        output = tmp_path / f"{index}-{rule}-{source}-{normalisation}"
+        sequence_parallel = ranks if index >= len(combinations) else 1
         parameters = [f"train.weighting.{parameter}" for parameter in RULES[rule]]
         examples = ["train.micro_batch_examples=4"] if normalisation == "micro_batch" else []
         cases.append([f"train.scores={demo_store}", f"train.weighting.rule={rule}", f"train.weighting.source={source}",
                       f"train.normalize_by={normalisation}", "train.batch_size=24", "train.max_steps=1",
-                      "train.micro_batch_tokens=512", f"train.output={output}", *parameters, *examples])  # fmt: skip
+                      "train.micro_batch_tokens=512", f"train.sequence_parallel={sequence_parallel}",
+                      f"train.output={output}", *parameters, *examples])  # fmt: skip
         expected.append((output, *reference_step(demo_store, rule, normalisation)))
     done = train_cases(cases, ranks)
     assert done.code == 0, done.output
