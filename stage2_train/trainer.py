@@ -20,11 +20,12 @@ from stage2_train.checkpoint import (
 )
 from stage2_train.deepspeed_config import learning_rate_at
 from stage2_train.distributed import World
+from stage2_train.engine import build_engine
 from stage2_train.evaluate import evaluate
 from stage2_train.loss import GivenWeights
 from stage2_train.metrics import StepMetrics, TrainingProgress, append_line, cut_after, eval_path, metrics_path
 from stage2_train.preflight import refuse_misaligned, stored_logprobs
-from stage2_train.setup import Job, build_engine, layout, resolve_dtype
+from stage2_train.setup import Job, layout, resolve_dtype
 from stage2_train.step import accumulate_gradients, weigh_step
 from stage2_train.step_loader import StepLoader
 from stage2_train.weigh import StepWeigher

@@ -347,18 +347,14 @@ def test_split_of_a_written_out_batch():
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
 def test_the_parts_are_the_whole(size: int):
-    """Every row of up to three examples of up to four tokens, with every choice of targets."""
-    for lengths in itertools.chain.from_iterable(itertools.product(range(1, 5), repeat=count) for count in (1, 2, 3)):
-        places = [(example, place) for example, length in enumerate(lengths) for place in range(1, length)]
-        # Two choices of three examples are enough to meet every pattern at an edge; all of them are 4,000 rows.
-        choices = range(1 << len(places)) if len(lengths) < 3 else (0b101011011 % (1 << len(places)), 0)
-        for choice in choices:
-            chosen = [place for bit, place in enumerate(places) if choice >> bit & 1]
-            rows = [
-                Row(np.arange(1, length + 1) + 10 * example, np.array([p for e, p in chosen if e == example], np.int32))
-                for example, length in enumerate(lengths)
-            ]
-            check_parts(pack_and_shift(rows), size)
+    """Every row of up to three examples of up to three tokens, with every choice of targets."""
+    for lengths in itertools.chain.from_iterable(itertools.product((1, 2, 3), repeat=count) for count in (1, 2, 3)):
+        choices = [
+            [np.flatnonzero([0, *chosen]) for chosen in itertools.product((0, 1), repeat=n - 1)] for n in lengths
+        ]
+        for positions in itertools.product(*choices):
+            ids = [10 * example + np.arange(1, length + 1) for example, length in enumerate(lengths)]
+            check_parts(pack_and_shift(list(map(Row, ids, positions))), size)
 
 
 def check_parts(batch: PackedBatch, size: int) -> None:

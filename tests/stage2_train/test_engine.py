@@ -9,7 +9,7 @@ from shared.errors import UserError
 from shared.packed_attention import ATTENTION_NAME
 from stage2_train.batch import BatchForm
 from stage2_train.distributed import World
-from stage2_train.setup import choose_form
+from stage2_train.engine import choose_form
 
 WORLD = World(0, 1, torch.device("cpu"))
 
