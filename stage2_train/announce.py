@@ -12,7 +12,7 @@ def announce(job: Job, world: World, form: BatchForm) -> None:
     """Write config.yaml and print the batch arithmetic and warnings; called by rank 0."""
     config, plan, cache = job.config, job.plan, job.cache
     remove_stale_temporaries(job.output)
-    if job.checkpoint is None and metrics_path(job.output).is_file():
+    if not job.checkpoints and metrics_path(job.output).is_file():
         print(f"{job.output} holds a run that was stopped before its first checkpoint: it starts over at step 1")
     write_config(job)
     rows = plan.rows_of_step(1)

@@ -1,11 +1,10 @@
-"""Checkpoints that are whole or not there, loaded without running pickled code, and the exported model.
+"""Checkpoints of a DeepSpeed engine, saved by all ranks and loaded without running pickled code.
 
-A checkpoint is written into a temporary folder beside its place, flushed, and renamed: a folder named
-`step-0000123` is whole.
+Loading takes the newest checkpoint that is whole (`stage2_train.checkpoint_files`); what was torn, flipped, cut or
+planted makes it an older one.
 """
 
-import json
-import re
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,20 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from safetensors import SafetensorError
 
-from shared.errors import UserError
-from shared.files import remove, replacing, sync_entry, sync_tree
+from shared.errors import UserError, first_line
+from shared.files import remove
+from stage2_train.checkpoint_files import (
+    checkpoint_folder,
+    commit,
+    entry_of,
+    lack_of_room,
+    read_state,
+    write_manifest,
+)
 from stage2_train.distributed import World
 
-_STATE_NAME = "trainer.json"
 _TAG = "deepspeed"
-_NAME = re.compile(r"step-(\d{7})")
 
 
 class _SafeCheckpointEngine(TorchCheckpointEngine):
@@ -32,30 +36,33 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
     others waiting in a collective.
     """
 
-    error: UserError | None = None
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: UserError | None = None
+        self.written: list[Path] = []
+        """By this rank, since `written` was last cleared."""
 
     def save(self, state_dict: Any, path: str) -> None:
         try:
             super().save(state_dict, path)
+            self.written.append(Path(path))
         except (OSError, RuntimeError) as error:
             # A full disk reaches torch's writer as a RuntimeError, without an errno.
             if isinstance(error, RuntimeError) and "write" not in str(error).lower():
                 raise
-            self.error = UserError(f"{path}: the checkpoint cannot be written ({error}); older ones are as they were")
+            self.error = _cannot_be_written(path, error)
 
     def load(self, path: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            try:
+                return torch.load(path, map_location=map_location, weights_only=True)
+            except pickle.UnpicklingError as error:
+                raise UserError(f"{path}: refused, it holds more than tensors ({first_line(error)})") from None
 
 
 def use_safe_loading(engine: Any) -> None:
     """Make a DeepSpeed engine save and load through the safe checkpoint engine."""
     engine.checkpoint_engine = _SafeCheckpointEngine()
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint after a step lies."""
-    return run / "checkpoints" / f"step-{step:07d}"
 
 
 def save_checkpoint(engine: Any, run: Path, step: int, state: dict[str, Any], world: World) -> None:
@@ -65,89 +72,87 @@ def save_checkpoint(engine: Any, run: Path, step: int, state: dict[str, Any], wo
         state: what `read_state` gives back: world size, ZeRO stage and settings of the run.
 
     Raises:
-        UserError: on all ranks, where any of them could not write its part.
+        UserError: on all ranks, where there is not enough room, or any of them could not write its part.
     """
     folder = checkpoint_folder(run, step)
-    # One name for all ranks, whichever host they are on; what a killed run left behind is removed first.
+    # One name for all ranks, whichever host they are on.
     temporary = folder.with_name(f".saving-{folder.name}")
-    if engine.global_rank == 0:
+    _agree(world, _begun(run, folder, temporary) if world.rank == 0 else None)
+    try:
+        _agree(world, _written(engine, temporary, world.rank))
+        _agree(world, commit(temporary, folder, step, state) if world.rank == 0 else None)
+    except UserError:
+        if world.rank == 0:
+            remove(temporary)
+        raise
+
+
+def _begun(run: Path, folder: Path, temporary: Path) -> UserError | None:
+    """Make the temporary folder, if there is room; what a killed run left behind goes first."""
+    try:
         for unfinished in folder.parent.glob(".saving-*"):
             remove(unfinished)
         remove(folder)
         temporary.mkdir(parents=True)
-    world.barrier()
+        return lack_of_room(run)
+    except OSError as error:
+        return _cannot_be_written(temporary, error)
+
+
+def _written(engine: Any, temporary: Path, rank: int) -> UserError | None:
+    """Write what this rank has of a checkpoint."""
+    safe: _SafeCheckpointEngine = engine.checkpoint_engine
+    safe.written.clear()
     engine.save_checkpoint(str(temporary), tag=_TAG, client_state={}, save_latest=False)
-    error = engine.checkpoint_engine.error
+    if safe.error is not None:
+        return safe.error
+    try:
+        write_manifest(temporary, rank, safe.written)
+    except OSError as error:
+        return _cannot_be_written(temporary, error)
+    return None
+
+
+def _cannot_be_written(path: Path | str, error: Exception) -> UserError:
+    return UserError(f"{path}: the checkpoint cannot be written ({error}); older ones are as they were")
+
+
+def _agree(world: World, error: UserError | None) -> None:
+    """Raise on all ranks where one of them met an error; also where all wait for each other."""
     if world.all_reduce(torch.tensor(float(error is not None), device=world.device)) > 0:
-        raise error or UserError(f"{temporary}: another rank could not write its part of the checkpoint")
-    if engine.global_rank == 0:
-        # DeepSpeed copies conversion scripts into each checkpoint; a folder of data holds no code.
-        for script in temporary.rglob("*.py"):
-            script.unlink()
-        (temporary / _STATE_NAME).write_text(json.dumps({"step": step, **state}, indent=2), encoding="utf-8")
-        sync_tree(temporary)
-        temporary.replace(folder)
-        sync_entry(folder.parent)
-    world.barrier()
+        raise error or UserError("another rank could not write its part of the checkpoint")
 
 
-def load_checkpoint(engine: Any, folder: Path) -> None:
-    """Load model and optimizer state; called by all ranks."""
-    path, _ = engine.load_checkpoint(str(folder), tag=_TAG)
-    assert path is not None, f"DeepSpeed found nothing to load in {folder}"
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The whole checkpoint of the highest step."""
-    found = _checkpoints(run)
-    return found[-1] if found else None
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The trainer's own state of a checkpoint.
+def load_newest(engine: Any, folders: list[Path], world: World) -> Path:
+    """Load the first whole checkpoint of a list; called by all ranks. Others are passed over with a message.
 
     Raises:
-        UserError: not a checkpoint.
+        UserError: none is whole, or one holds more than tensors although its manifest agrees.
     """
+    for folder in folders:
+        problems = _damaged_files(folder, world)
+        if not problems:
+            path, _ = engine.load_checkpoint(str(folder), tag=_TAG)
+            assert path is not None, f"DeepSpeed found nothing to load in {folder}"
+            return folder
+        if world.rank == 0:
+            print(f"WARNING: {folder} is damaged and is passed over", flush=True)
+    raise UserError(
+        f"{folders[0].parent}: expected a whole checkpoint, but all of {len(folders)} are damaged: remove the folder "
+        "to start over"
+    )
+
+
+def _damaged_files(folder: Path, world: World) -> int:
+    """How many files are not what the manifest says, each hashed by one of the ranks."""
+    files = read_state(folder)["files"]
+    mine = sorted(files)[world.rank :: world.size]
+    damaged = sum(_entry_or_none(folder / name) != files[name] for name in mine)
+    return int(world.all_reduce(torch.tensor(float(damaged), device=world.device)))
+
+
+def _entry_or_none(path: Path) -> list | None:
     try:
-        return json.loads((folder / _STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{folder}: expected a checkpoint with {_STATE_NAME}, found none") from None
-
-
-def prune_checkpoints(run: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints."""
-    for folder in _checkpoints(run)[:-keep]:
-        remove(folder)
-
-
-def remove_checkpoints_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of later steps."""
-    for folder in _checkpoints(run):
-        if folder.name > checkpoint_folder(run, step).name:
-            remove(folder)
-
-
-def export_model(engine: Any, model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write the model as safetensors with its tokenizer, for `AutoModelForCausalLM`; called by all ranks."""
-    if engine.zero_optimization_partition_weights():
-        state_dict = engine._zero3_consolidated_16bit_state_dict()
-    else:
-        state_dict = engine.module.state_dict()
-    if engine.global_rank != 0:
-        return
-    prefix = "model."
-    state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
-    try:
-        with replacing(folder) as temporary:
-            model.save_pretrained(temporary, state_dict=state_dict)
-            tokenizer.save_pretrained(temporary)
-            remove(folder)
-    except SafetensorError as error:
-        raise UserError(f"{folder}: the model cannot be written ({error}); a rerun writes it again") from None
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    folder = run / "checkpoints"
-    entries = folder.iterdir() if folder.is_dir() else ()
-    return sorted(entry for entry in entries if _NAME.fullmatch(entry.name))
+        return entry_of(path)
+    except OSError:
+        return None

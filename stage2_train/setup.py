@@ -16,7 +16,7 @@ from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer
 from shared.weighting import Weighting, resolve_weighting
 from stage2_train.batch import BatchForm
 from stage2_train.cache import ScoreCache, open_cache
-from stage2_train.checkpoint import newest_checkpoint, read_state
+from stage2_train.checkpoint_files import read_state, whole_checkpoints
 from stage2_train.metrics import metrics_path
 from stage2_train.plan import Bounds, MicroBatch, Plan, deal, make_plan
 from stage2_train.preflight import refuse_other_tokenizer
@@ -41,8 +41,10 @@ class Job:
     files: PretrainedFiles
     tokenizer: Any
     starts_from_prior: bool
-    checkpoint: Path | None
-    """To resume from."""
+    checkpoints: list[Path]
+    """To resume from: the first one that is whole; none where the run begins."""
+    damaged: list[str]
+    """What is wrong with newer ones."""
 
     def bounds(self, form: BatchForm) -> Bounds:
         """How a step is cut into micro-batches; ranks that share one have room for as many times the tokens."""
@@ -98,7 +100,7 @@ def prepare(config: Config) -> Job:
     probe_writable(output)
     job = Job(
         train, output, weighting, cache, eval_caches, plan, files, tokenizer, starts_from_prior,
-        _checkpoint(train, output),
+        *_checkpoints(train, output),
     )  # fmt: skip
     _refuse_other_settings(job)
     return job
@@ -122,29 +124,35 @@ def resolve_dtype(config: TrainConfig) -> str:
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 
-def _checkpoint(config: TrainConfig, output: Path) -> Path | None:
+def _checkpoints(config: TrainConfig, output: Path) -> tuple[list[Path], list[str]]:
+    """Checkpoints to resume from, the best first, and what is wrong with others."""
+    if config.resume not in ("auto", "never"):
+        chosen = Path(config.resume)
+        if chosen.resolve().parent != (output / "checkpoints").resolve():
+            raise UserError(f"train.resume={chosen}: expected a checkpoint in {output / 'checkpoints'}, auto or never")
+        read_state(chosen)
+        return [chosen], []
+    folders, damaged = whole_checkpoints(output)
     if config.resume == "never":
-        if metrics_path(output).exists() or newest_checkpoint(output):
+        if metrics_path(output).exists() or folders or damaged:
             raise UserError(f"{output} holds a run already, and train.resume=never: give another train.output")
-        return None
-    if config.resume == "auto":
-        return newest_checkpoint(output)
-    chosen = Path(config.resume)
-    if chosen.resolve().parent != (output / "checkpoints").resolve():
-        raise UserError(f"train.resume={chosen}: expected a checkpoint in {output / 'checkpoints'}, auto or never")
-    return chosen
+        return [], []
+    if damaged and not folders:
+        raise UserError(f"{'; '.join(damaged)}. None is whole: remove {output / 'checkpoints'} to start over")
+    return folders, damaged
 
 
 def _refuse_other_settings(job: Job) -> None:
     """Refuse to go on from a checkpoint of a run with other settings."""
-    if job.checkpoint is None:
+    if not job.checkpoints:
         _refuse_other_config(job)
         return
-    state = read_state(job.checkpoint)
+    newest = job.checkpoints[0]
+    state = read_state(newest)
     for name, value in layout(job.config).items():
         if state[name] != value:
-            raise UserError(f"{job.checkpoint} was saved with {name}={state[name]}, this run has {value}: use the same")
-    _refuse_differences(job, str(job.checkpoint), state["settings"])
+            raise UserError(f"{newest} was saved with {name}={state[name]}, this run has {value}: use the same")
+    _refuse_differences(job, str(newest), state["settings"])
 
 
 def _refuse_other_config(job: Job) -> None:

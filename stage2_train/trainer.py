@@ -10,18 +10,13 @@ from torch import Tensor
 
 from shared.errors import UserError
 from stage2_train.batch import Batch
-from stage2_train.checkpoint import (
-    export_model,
-    load_checkpoint,
-    prune_checkpoints,
-    read_state,
-    remove_checkpoints_after,
-    save_checkpoint,
-)
+from stage2_train.checkpoint import load_newest, save_checkpoint
+from stage2_train.checkpoint_files import prune_checkpoints, read_state, remove_checkpoints_after
 from stage2_train.deepspeed_config import learning_rate_at
 from stage2_train.distributed import World
 from stage2_train.engine import build_engine
 from stage2_train.evaluate import evaluate
+from stage2_train.export import export_model
 from stage2_train.loss import GivenWeights
 from stage2_train.metrics import StepMetrics, TrainingProgress, append_line, cut_after, eval_path, metrics_path
 from stage2_train.preflight import refuse_misaligned, stored_logprobs
@@ -42,7 +37,7 @@ class Trainer:
         self.loader = StepLoader(job, world, self.form, self.weigher)
         self.engine.train()
         self.first_step = 1
-        if job.checkpoint is not None:
+        if job.checkpoints:
             self.first_step = self._resume()
 
     def run(self) -> None:
@@ -51,7 +46,7 @@ class Trainer:
         if self.world.rank == 0:
             cut_after(metrics_path(self.job.output), self.first_step - 1)
             # A run that starts over evaluates before its first step again.
-            cut_after(eval_path(self.job.output), self.first_step - 1 if self.job.checkpoint else -1)
+            cut_after(eval_path(self.job.output), self.first_step - 1 if self.job.checkpoints else -1)
         if self.first_step == 1:
             self._evaluate(0)
         with TrainingProgress(self.job.output, self.first_step, num_steps, self.world.rank == 0) as progress:
@@ -155,11 +150,13 @@ class Trainer:
 
     def _resume(self) -> int:
         """Load the checkpoint; returns the step to go on with."""
-        assert self.job.checkpoint is not None
-        step = int(read_state(self.job.checkpoint)["step"])
-        load_checkpoint(self.engine, self.job.checkpoint)
         if self.world.rank == 0:
-            # Where an older checkpoint was asked for, what came after it is made again.
+            for problem in self.job.damaged:
+                print(f"WARNING: {problem}: passed over", flush=True)
+        folder = load_newest(self.engine, self.job.checkpoints, self.world)
+        step = int(read_state(folder)["step"])
+        if self.world.rank == 0:
+            # Where an older checkpoint was asked for or taken, what came after it is made again.
             remove_checkpoints_after(self.job.output, step)
-            print(f"resumed from {self.job.checkpoint}, after step {step}", flush=True)
+            print(f"resumed from {folder}, after step {step}", flush=True)
         return step + 1

@@ -51,7 +51,8 @@ def test_a_killed_training_resumes_to_the_same_bits(
     assert metrics_of(killed) == metrics_of(whole)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (killed / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
-    assert sorted(folder.name for folder in (killed / "checkpoints").iterdir()) == ["step-0000020", "step-0000024"]
+    left = sorted(entry.name for entry in (killed / "checkpoints").iterdir())
+    assert left == ["LATEST", "step-0000020", "step-0000024"]
 
 
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(
@@ -103,7 +104,8 @@ def test_a_full_disk_ends_the_run_with_one_line_and_a_rerun_goes_on(demo_store: 
     done = finish([*train, *first])
     assert done.code == 0, done.output
     assert [line["step"] for line in metrics_of(run)] == list(range(1, 13))
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-0000010", "step-0000012"]
+    left = sorted(entry.name for entry in (run / "checkpoints").iterdir())
+    assert left == ["LATEST", "step-0000010", "step-0000012"]
 
 
 def test_a_disk_that_is_full_on_one_rank_only_ends_all_with_its_message(
