@@ -35,6 +35,7 @@ check: $(TESTED)
 
 bench: $(TESTED)
 	$(BIN)/python benchmarks/score.py
+	$(BIN)/python benchmarks/train.py --small
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=...")'
