@@ -15,7 +15,9 @@ class RunSummary:
     name: str
     num_steps: int
     nll: float
-    """Plain nll of the last tenth of the steps, mean, nats; sampled where the run did not compute it."""
+    """Plain nll of the last tenth of the steps, mean, nats."""
+    is_nll_sampled: bool
+    """Whether some of these steps only estimated it (`train.nll_every`)."""
     loss: float
     """Weighted loss of the same steps, mean."""
     evaluation: dict[str, tuple[float, float]]
@@ -66,6 +68,7 @@ def summarise(run: Path) -> RunSummary:
         name=run.name,
         num_steps=int(metrics["step"][-1]),
         nll=_mean(last["nll"]),
+        is_nll_sampled="nll_sampled" in last.columns and last["nll_sampled"].is_not_null().any(),
         loss=_mean(last["loss"]),
         evaluation=_evaluation(run),
         tokens_per_second=_median(
@@ -75,7 +78,7 @@ def summarise(run: Path) -> RunSummary:
 
 
 def table_of(summaries: list[RunSummary]):
-    """The runs as rows of a rich table, every measurement of any of them as a column."""
+    """The runs as rows of a rich table, every measurement of any of them as a column; ~ marks a sampled nll."""
     from rich.table import Table
 
     names = sorted({name for summary in summaries for name in summary.evaluation})
@@ -83,7 +86,7 @@ def table_of(summaries: list[RunSummary]):
     for summary in summaries:
         cells = [_shown(*summary.evaluation[name]) if name in summary.evaluation else "" for name in names]
         table.add_row(
-            summary.name, str(summary.num_steps), f"{summary.nll:.4f}", f"{summary.loss:.4f}", *cells,
+            summary.name, str(summary.num_steps), f"{'~' * summary.is_nll_sampled}{summary.nll:.4f}", f"{summary.loss:.4f}", *cells,
             f"{summary.tokens_per_second:,.0f}",
         )  # fmt: skip
     return table

@@ -98,9 +98,11 @@ class TrainingProgress:
         if not self._is_writer:
             return
         append_line(self._path, asdict(metrics))
-        nll = metrics.nll if metrics.nll is not None else metrics.nll_sampled
+        nll = f"nll {metrics.nll:.4f}  " if metrics.nll is not None else ""
+        if metrics.nll_sampled is not None:
+            nll = f"nll_sampled {metrics.nll_sampled:.4f}  "
         shown = (
-            f"loss {metrics.loss:.4f}  {'' if nll is None else f'nll {nll:.4f}  '}weight {metrics.weight_mean:.3f} "
+            f"loss {metrics.loss:.4f}  {nll}weight {metrics.weight_mean:.3f} "
             f"({metrics.weight_zero_fraction:.0%} zero)  {metrics.tokens_per_second:,.0f} tokens/s"
         )
         if self._bar is not None:

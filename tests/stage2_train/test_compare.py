@@ -39,6 +39,16 @@ def test_table_and_picture(run: Path, tmp_path: Path, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sampled_nll_takes_the_place_of_the_exact_one_and_is_marked(run: Path, tmp_path: Path, capsys):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["nll_sampled"] = None
+    lines[19] |= {"nll": None, "nll_sampled": 22.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compare([run], tmp_path / "curves.png")
+    assert "~20.5000" in capsys.readouterr().out
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="expected a training run"):
         summarise(tmp_path)
