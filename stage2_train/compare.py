@@ -85,8 +85,9 @@ def table_of(summaries: list[RunSummary]):
     table = Table("run", "steps", "nll (last 10 %)", "weighted loss", *[_wrapped(name) for name in names], "tokens/s")
     for summary in summaries:
         cells = [_shown(*summary.evaluation[name]) if name in summary.evaluation else "" for name in names]
+        nll = f"{'~' if summary.is_nll_sampled else ''}{summary.nll:.4f}"
         table.add_row(
-            summary.name, str(summary.num_steps), f"{'~' * summary.is_nll_sampled}{summary.nll:.4f}", f"{summary.loss:.4f}", *cells,
+            summary.name, str(summary.num_steps), nll, f"{summary.loss:.4f}", *cells,
             f"{summary.tokens_per_second:,.0f}",
         )  # fmt: skip
     return table
