@@ -26,9 +26,10 @@ def exit_code_of(command: Callable[[], None], program: str) -> int:
     except CheckFailed as error:
         return _report(f"{program}: {error}", CHECK_FAILED)
     except KeyboardInterrupt:
-        return _report(
-            f"{program}: stopped; the same command goes on from the last finished shard or checkpoint", STOPPED
-        )
+        # All ranks of a training stop together, and a grace period is short: no rank waits to speak.
+        if os.environ.get("RANK", "0") == "0":
+            _report(f"{program}: stopped; the same command goes on from the last finished shard or checkpoint", STOPPED)
+        return STOPPED
     except (UserError, OSError) as error:
         mistake = mistake_in_words(error)
         if mistake is None:

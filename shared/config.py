@@ -316,8 +316,13 @@ class TrainConfig(_Strict):
     gradient_checkpointing: bool | Literal["offload"] = False
     """Recompute activations in the backward pass: less memory, about a third more work. `offload`: what is kept of
     each layer, its input, waits in host memory."""
+    deterministic: bool = False
+    """Only operations that give the same bits each time, so that a resumed run on CUDA ends with the same weights; some
+    are slower. On a CPU runs are so without it."""
+    max_nonfinite_steps: int = Field(default=0, ge=0)
+    """Steps of the run whose loss or gradient may be not finite before it stops; their rows are named."""
     checkpoint_steps: int = Field(default=500, ge=1)
-    """Save a checkpoint after every so many steps, and after the last."""
+    """Save a checkpoint after every so many steps, after the last, and when SIGTERM, SIGUSR1 or Ctrl-C comes."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """The newest so many checkpoints are kept."""
     resume: str = "auto"

@@ -14,9 +14,9 @@ from typing import Any
 
 from shared.cli import mistake_in_words
 from shared.errors import UserError
+from shared.stopping import Stopped, StopSwitch, children_ignore_ctrl_c, stop_switch
 from stage1_score.dispatch import Batch, Died, Done, Event, Ready, Refused
 from stage1_score.engine import DeviceLost
-from stage1_score.stopping import Stopped, StopSwitch, children_ignore_ctrl_c, stop_switch
 from stage1_score.worker import ShardWorker, Task
 
 _SECONDS_BETWEEN_CHECKS = 1.0

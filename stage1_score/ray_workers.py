@@ -9,10 +9,10 @@ from typing import Any
 
 from shared.cli import mistake_in_words
 from shared.errors import UserError, first_line
+from shared.stopping import Stopped, StopSwitch
 from stage1_score.dispatch import Batch, Died, Done, Event, Ready, Refused
 from stage1_score.engine import DeviceLost
 from stage1_score.score_shard import ShardReport
-from stage1_score.stopping import Stopped, StopSwitch
 from stage1_score.worker import ShardWorker, Task
 
 _SECONDS_BETWEEN_CHECKS = 1.0

@@ -9,6 +9,7 @@ from shared.config import Config
 from shared.errors import UserError
 from shared.score_store import create_or_match, read_manifest
 from shared.shards import open_store, shard_path
+from shared.stopping import StopSwitch, stop_switch
 from stage1_score.choose_engine import choose_device, load_engine
 from stage1_score.dispatch import Dispatcher, Pool
 from stage1_score.engine import Engine
@@ -17,7 +18,6 @@ from stage1_score.local_workers import LocalPool, devices_of_workers, visible_gp
 from stage1_score.plan import Plan, listed_misfits, make_plan, refuse_misfits
 from stage1_score.progress import ScoringProgress, scoring_progress
 from stage1_score.score_shard import ShardReport, prefetched, score_shard, tokenize_shard
-from stage1_score.stopping import StopSwitch, stop_switch
 from stage1_score.worker import Task
 
 

@@ -19,8 +19,8 @@ from shared.errors import UserError, first_line
 from shared.pretrained import PretrainedFiles, rope_type_of
 from shared.score_store import Identity
 from shared.shards import ScoredRow
+from shared.stopping import children_ignore_ctrl_c
 from stage1_score.engine import DeviceLost, device_errors, scored_row
-from stage1_score.stopping import children_ignore_ctrl_c
 from stage1_score.tokenization import TokenizedExample
 from stage1_score.vllm_plugin import ARCHITECTURES, SCORING_VARIABLE, SETTINGS_KEY, TARGETS_KEY
 

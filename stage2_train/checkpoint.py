@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils.tensor_fragment import fragment_address
 
 from shared.errors import UserError, first_line
 from shared.files import remove
 from stage2_train.checkpoint_files import (
+    TrainerState,
     checkpoint_folder,
     commit,
     entry_of,
@@ -25,8 +23,10 @@ from stage2_train.checkpoint_files import (
     write_manifest,
 )
 from stage2_train.distributed import World
+from stage2_train.universal import convert, load_universal, tensors_only
 
 _TAG = "deepspeed"
+_SAVING, _CONVERTED = ".saving-", ".converted-"
 
 
 class _SafeCheckpointEngine(TorchCheckpointEngine):
@@ -47,13 +47,10 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
             super().save(state_dict, path)
             self.written.append(Path(path))
         except (OSError, RuntimeError) as error:
-            # A full disk reaches torch's writer as a RuntimeError, without an errno.
-            if isinstance(error, RuntimeError) and "write" not in str(error).lower():
-                raise
             self.error = _cannot_be_written(path, error)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        with tensors_only():
             try:
                 return torch.load(path, map_location=map_location, weights_only=True)
             except pickle.UnpicklingError as error:
@@ -65,22 +62,22 @@ def use_safe_loading(engine: Any) -> None:
     engine.checkpoint_engine = _SafeCheckpointEngine()
 
 
-def save_checkpoint(engine: Any, run: Path, step: int, state: dict[str, Any], world: World) -> None:
+def save_checkpoint(engine: Any, run: Path, state: TrainerState, world: World) -> None:
     """Write the checkpoint after a step; called by all ranks.
 
     Args:
-        state: what `read_state` gives back: world size, ZeRO stage and settings of the run.
+        state: without its files.
 
     Raises:
         UserError: on all ranks, where there is not enough room, or any of them could not write its part.
     """
-    folder = checkpoint_folder(run, step)
+    folder = checkpoint_folder(run, state.step)
     # One name for all ranks, whichever host they are on.
-    temporary = folder.with_name(f".saving-{folder.name}")
+    temporary = folder.with_name(_SAVING + folder.name)
     _agree(world, _begun(run, folder, temporary) if world.rank == 0 else None)
     try:
         _agree(world, _written(engine, temporary, world.rank))
-        _agree(world, commit(temporary, folder, step, state) if world.rank == 0 else None)
+        _agree(world, commit(temporary, folder, state) if world.rank == 0 else None)
     except UserError:
         if world.rank == 0:
             remove(temporary)
@@ -90,13 +87,19 @@ def save_checkpoint(engine: Any, run: Path, step: int, state: dict[str, Any], wo
 def _begun(run: Path, folder: Path, temporary: Path) -> UserError | None:
     """Make the temporary folder, if there is room; what a killed run left behind goes first."""
     try:
-        for unfinished in folder.parent.glob(".saving-*"):
-            remove(unfinished)
+        _remove_unfinished(folder.parent)
         remove(folder)
         temporary.mkdir(parents=True)
         return lack_of_room(run)
     except OSError as error:
         return _cannot_be_written(temporary, error)
+
+
+def _remove_unfinished(checkpoints: Path) -> None:
+    """Remove what a killed run was saving or converting."""
+    for prefix in (_SAVING, _CONVERTED):
+        for unfinished in checkpoints.glob(f"{prefix}*"):
+            remove(unfinished)
 
 
 def _written(engine: Any, temporary: Path, rank: int) -> UserError | None:
@@ -113,39 +116,76 @@ def _written(engine: Any, temporary: Path, rank: int) -> UserError | None:
     return None
 
 
-def _cannot_be_written(path: Path | str, error: Exception) -> UserError:
+def _cannot_be_written(path: Path | str, error: OSError | RuntimeError) -> UserError:
+    # A full disk reaches torch's writer as a RuntimeError, without an errno.
+    if isinstance(error, RuntimeError) and "write" not in str(error).lower():
+        raise error
     return UserError(f"{path}: the checkpoint cannot be written ({error}); older ones are as they were")
 
 
 def _agree(world: World, error: UserError | None) -> None:
     """Raise on all ranks where one of them met an error; also where all wait for each other."""
-    if world.all_reduce(torch.tensor(float(error is not None), device=world.device)) > 0:
-        raise error or UserError("another rank could not write its part of the checkpoint")
+    if world.any(error is not None):
+        raise error or UserError("another rank could not read or write its part of the checkpoint")
 
 
 def load_newest(engine: Any, folders: list[Path], world: World) -> Path:
     """Load the first whole checkpoint of a list; called by all ranks. Others are passed over with a message.
 
+    One that another number of ranks saved is converted on the way.
+
     Raises:
         UserError: none is whole, or one holds more than tensors although its manifest agrees.
     """
     for folder in folders:
-        problems = _damaged_files(folder, world)
-        if not problems:
+        if _damaged_files(folder, world):
+            if world.rank == 0:
+                print(f"WARNING: {folder} is damaged and is passed over", flush=True)
+        elif read_state(folder).world_size == world.size:
             path, _ = engine.load_checkpoint(str(folder), tag=_TAG)
             assert path is not None, f"DeepSpeed found nothing to load in {folder}"
             return folder
-        if world.rank == 0:
-            print(f"WARNING: {folder} is damaged and is passed over", flush=True)
+        else:
+            _load_converted(engine, folder, world)
+            return folder
     raise UserError(
         f"{folders[0].parent}: expected a whole checkpoint, but all of {len(folders)} are damaged: remove the folder "
         "to start over"
     )
 
 
+def _load_converted(engine: Any, folder: Path, world: World) -> None:
+    """Load a checkpoint that another number of ranks saved."""
+    converted = folder.with_name(_CONVERTED + folder.name)
+    if world.rank == 0:
+        print(f"{folder} is converted for {world.size} ranks", flush=True)
+    try:
+        _agree(world, _converted(folder, converted) if world.rank == 0 else None)
+        load_universal(engine, converted, _TAG)
+        world.barrier()
+    finally:
+        if world.rank == 0:
+            remove(converted)
+
+
+def _converted(folder: Path, converted: Path) -> UserError | None:
+    """Convert; fragments and merged files lie side by side for a while."""
+    try:
+        _remove_unfinished(folder.parent)
+        if lack := lack_of_room(folder.parent.parent, 3.0):
+            return lack
+        converted.mkdir()
+        convert(folder / _TAG, converted / _TAG)
+    except UserError as error:
+        return error
+    except (OSError, RuntimeError) as error:
+        return _cannot_be_written(converted, error)
+    return None
+
+
 def _damaged_files(folder: Path, world: World) -> int:
     """How many files are not what the manifest says, each hashed by one of the ranks."""
-    files = read_state(folder)["files"]
+    files = read_state(folder).files
     mine = sorted(files)[world.rank :: world.size]
     damaged = sum(_entry_or_none(folder / name) != files[name] for name in mine)
     return int(world.all_reduce(torch.tensor(float(damaged), device=world.device)))

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,24 @@ _STATE_NAME = "trainer.json"
 _LATEST_NAME = "LATEST"
 _MANIFEST_PREFIX = ".manifest-"
 _NAME = re.compile(r"step-(\d{7})")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What a checkpoint says of the run beside DeepSpeed's files."""
+
+    step: int
+    """Optimizer steps made."""
+    world_size: int
+    zero_stage: int
+    settings: dict[str, Any]
+    """What a run that goes on from it must share."""
+    probe_nll: float
+    """Mean nll of a batch that a function of the step chooses, nats per target, to be recomputed after loading."""
+    num_nonfinite_steps: int
+    """Of the run so far."""
+    files: dict[str, list] = field(default_factory=dict)
+    """Size in bytes and sha256 of each file, by its path in the folder."""
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -41,24 +60,26 @@ def whole_checkpoints(run: Path) -> tuple[list[Path], list[str]]:
     return folders, problems
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path) -> TrainerState:
     """The trainer's own state of a checkpoint.
 
     Raises:
         UserError: not a checkpoint, or one with files missing, added or cut.
     """
     try:
-        state = json.loads((folder / _STATE_NAME).read_text(encoding="utf-8"))
-        digest = state.pop("digest")
-        files = {name: size for name, (size, _) in state["files"].items()}
+        record = json.loads((folder / _STATE_NAME).read_text(encoding="utf-8"))
+        digest = record.pop("digest")
+        files = {name: size for name, (size, _) in record["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder}: expected a checkpoint with {_STATE_NAME}, found none") from None
-    if digest != sha256_of_json(state):
+    if digest != sha256_of_json(record):
         raise UserError(f"{folder}: its {_STATE_NAME} was changed")
+    if record.keys() != {part.name for part in fields(TrainerState)}:
+        raise UserError(f"{folder}: its {_STATE_NAME} is of another version of this software")
     found = {str(path.relative_to(folder)): path.stat().st_size for path in _files_of(folder)}
     if differing := sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name)):
         raise UserError(f"{folder}: missing, added or of another size: {', '.join(differing)}")
-    return state
+    return TrainerState(**record)
 
 
 def prune_checkpoints(run: Path, keep: int) -> None:
@@ -74,12 +95,12 @@ def remove_checkpoints_after(run: Path, step: int) -> None:
             remove(folder)
 
 
-def lack_of_room(run: Path) -> UserError | None:
-    """What is wrong where the next checkpoint, as large as the newest, would not fit."""
+def lack_of_room(run: Path, times: float = 1.2) -> UserError | None:
+    """What is wrong where so many times the newest checkpoint would not fit beside those that are there."""
     newest = next(iter(_checkpoints(run)[-1:]), None)
     if newest is None:
         return None
-    needed = sum(path.stat().st_size for path in newest.rglob("*"))
+    needed = times * sum(path.stat().st_size for path in newest.rglob("*"))
     free = shutil.disk_usage(run).free
     if free >= needed:
         return None
@@ -101,8 +122,12 @@ def write_manifest(folder: Path, rank: int, written: list[Path]) -> None:
     (folder / f"{_MANIFEST_PREFIX}{rank}").write_text(json.dumps(entries), encoding="utf-8")
 
 
-def commit(temporary: Path, folder: Path, step: int, state: dict[str, Any]) -> UserError | None:
-    """Complete a checkpoint and give it its name; by one rank, when all have written."""
+def commit(temporary: Path, folder: Path, state: TrainerState) -> UserError | None:
+    """Complete a checkpoint and give it its name; by one rank, when all have written.
+
+    Args:
+        state: without its files, which are listed here.
+    """
     # DeepSpeed copies conversion scripts into each checkpoint; a folder of data holds no code.
     for script in temporary.rglob("*.py"):
         script.unlink()
@@ -111,7 +136,7 @@ def commit(temporary: Path, folder: Path, step: int, state: dict[str, Any]) -> U
         for part in sorted(temporary.glob(f"{_MANIFEST_PREFIX}*")):
             files |= json.loads(part.read_text(encoding="utf-8"))
             part.unlink()
-        content = {"step": step, **state, "files": files}
+        content = {**asdict(state), "files": files}
         record = {**content, "digest": sha256_of_json(content)}
         (temporary / _STATE_NAME).write_text(json.dumps(record, indent=2), encoding="utf-8")
         sync_tree(temporary)

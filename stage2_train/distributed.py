@@ -32,6 +32,10 @@ class World:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return float(self.all_reduce(torch.tensor(float(flag), device=self.device))) > 0
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -47,6 +51,15 @@ def choose_accelerator() -> None:
     """Tell DeepSpeed where it runs; must come before anything that imports it, transformers included."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def make_deterministic() -> None:
+    """Choose operations that give the same bits each time; an operation that has none is an error."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # On by default with the above, it fills buffers with NaN that transformers makes empty and fills afterwards.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def meet() -> World:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.stopping import StopSwitch
 from stage2_train.batch import Batch, BatchForm, make_batch
 from stage2_train.cache import ScoreCache
 from stage2_train.distributed import World
@@ -43,8 +44,9 @@ def evaluate(
     world: World,
     bounds: Bounds,
     form: BatchForm,
-) -> Evaluation:
-    """Evaluate on one store; called by all ranks.
+    stop: StopSwitch,
+) -> Evaluation | None:
+    """Evaluate on one store; called by all ranks. None where one of them was asked to stop.
 
     Args:
         cache: with the column mass_rank.
@@ -60,6 +62,8 @@ def evaluate(
         for micro_batch in dealt[world.rank // form.num_parts]:
             batch = make_batch(cache, rows, micro_batch, (), form).to(world.device)
             sums += _sums(batch, forward(batch).double())
+            if world.any(stop.is_pressed):
+                return None
     total, supported, num_supported = world.all_reduce(sums).tolist()
     num_targets = cache.num_targets.sum()
     return Evaluation(

@@ -1,6 +1,7 @@
 """What a run writes about itself while it trains: `metrics.jsonl`, `eval.jsonl` and a progress bar."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -22,8 +23,8 @@ class StepMetrics:
 
     step: int
     """From 1."""
-    loss: float
-    """Weighted loss, normalised as the run is."""
+    loss: float | None
+    """Weighted loss, normalised as the run is; None where it is not finite."""
     nll: float | None
     """Plain mean negative log-likelihood of all targets, nats; None where some did not go through the head."""
     nll_sampled: float | None
@@ -32,8 +33,10 @@ class StepMetrics:
     """Targets that nll or nll_sampled is made of."""
     weight_mean: float
     weight_zero_fraction: float
-    grad_norm: float
-    """Before clipping."""
+    grad_norm: float | None
+    """Before clipping; None where it is not finite."""
+    update_applied: bool
+    """False where DeepSpeed left the update out, since the gradient's norm is not finite."""
     lr: float
     num_targets: int
     tokens_per_second: float
@@ -60,12 +63,23 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def finite_or_none(value: float | None) -> float | None:
+    """The value where it is a number: JSON has no others."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def cut_after(path: Path, step: int) -> None:
     """Cut the lines after a step: a resumed run writes them again. A torn last line goes too."""
     if path.exists():
         kept = [json.dumps(record) + "\n" for record in read_records(path) if record["step"] <= step]
         with replacing(path) as temporary:
             temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def evaluated(run: Path) -> set[tuple[int, str]]:
+    """Step and name of each evaluation of a run."""
+    path = eval_path(run)
+    return {(record["step"], record["name"]) for record in read_records(path)} if path.exists() else set()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -101,8 +115,9 @@ class TrainingProgress:
         nll = f"nll {metrics.nll:.4f}  " if metrics.nll is not None else ""
         if metrics.nll_sampled is not None:
             nll = f"nll_sampled {metrics.nll_sampled:.4f}  "
+        loss = "not finite" if metrics.loss is None else f"{metrics.loss:.4f}"
         shown = (
-            f"loss {metrics.loss:.4f}  {nll}weight {metrics.weight_mean:.3f} "
+            f"loss {loss}  {nll}weight {metrics.weight_mean:.3f} "
             f"({metrics.weight_zero_fraction:.0%} zero)  {metrics.tokens_per_second:,.0f} tokens/s"
         )
         if self._bar is not None:

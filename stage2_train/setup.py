@@ -23,7 +23,7 @@ from stage2_train.preflight import refuse_other_tokenizer
 
 _FREE_TO_CHANGE = {
     "output", "cache_dir", "eval_scores", "eval_steps", "checkpoint_steps", "keep_checkpoints", "resume", "scores",
-    "nll_every",
+    "nll_every", "max_nonfinite_steps",
 }  # fmt: skip
 """Settings that a resumed run may change: they do not touch the numbers."""
 
@@ -75,11 +75,10 @@ def prepare(config: Config) -> Job:
     if train.scores is None:
         raise UserError("expected train.scores, the score store to train from; got none")
     weighting = resolve_weighting(train)
-    num_ranks = layout(train)["world_size"]
-    if num_ranks % train.sequence_parallel:
+    if num_ranks() % train.sequence_parallel:
         raise UserError(
             f"train.sequence_parallel={train.sequence_parallel}: expected a number of ranks that it divides, "
-            f"got {num_ranks}"
+            f"got {num_ranks()}"
         )
     cache_dir = Path(train.cache_dir) if train.cache_dir else Path.home() / ".cache" / "prift"
     prior_columns = weighting.columns if weighting.source == "prior" else ()
@@ -112,9 +111,14 @@ def write_config(job: Job) -> None:
         temporary.write_text(yaml.safe_dump({"train": job.config.model_dump(mode="json")}, sort_keys=False))
 
 
-def layout(config: TrainConfig) -> dict[str, int]:
-    """How the state of a run is spread: a checkpoint fits the same layout only."""
-    return {"world_size": int(os.environ.get("WORLD_SIZE", "1")), "zero_stage": max(1, config.zero_stage())}
+def num_ranks() -> int:
+    """Processes of the run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def zero_stage(config: TrainConfig) -> int:
+    """The ZeRO stage that runs: 1 for 0."""
+    return max(1, config.zero_stage())
 
 
 def resolve_dtype(config: TrainConfig) -> str:
@@ -149,10 +153,12 @@ def _refuse_other_settings(job: Job) -> None:
         return
     newest = job.checkpoints[0]
     state = read_state(newest)
-    for name, value in layout(job.config).items():
-        if state[name] != value:
-            raise UserError(f"{newest} was saved with {name}={state[name]}, this run has {value}: use the same")
-    _refuse_differences(job, str(newest), state["settings"])
+    if state.zero_stage != zero_stage(job.config):
+        raise UserError(
+            f"{newest} was saved with ZeRO stage {state.zero_stage}, this run has {zero_stage(job.config)}: use the "
+            "same; only the number of ranks may change"
+        )
+    _refuse_differences(job, str(newest), state.settings)
 
 
 def _refuse_other_config(job: Job) -> None:

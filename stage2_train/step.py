@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from shared.stopping import StopSwitch
 from stage2_train.distributed import World
 from stage2_train.step_loader import LoadedStep
 from stage2_train.weigh import StepWeigher, WeighedBatch
@@ -31,6 +32,8 @@ class StepTotals:
     watched_nll: float
     num_tokens: int
     """Padding not counted."""
+    num_stopping: int
+    """Ranks that a signal asked to stop."""
     row_nll_R: np.ndarray
     """Sum of the nll of each row's targets that went through the head."""
 
@@ -57,14 +60,17 @@ def weigh_step(step: int, loaded: LoadedStep, weigher: StepWeigher, engine: Any,
     )
 
 
-def accumulate_gradients(engine: Any, world: World, weighed: Sequence[WeighedBatch], num_rows: int) -> StepTotals:
+def accumulate_gradients(
+    engine: Any, world: World, weighed: Sequence[WeighedBatch], num_rows: int, stop: StopSwitch
+) -> StepTotals:
     """Run this rank's micro-batches of a step; called by all ranks, with equally many.
 
     Args:
         engine: DeepSpeed's, around a `stage2_train.loss.WeightedLM`; its gradients are added to.
         num_rows: R.
+        stop: of this rank; the ranks learn of each other's with the sums.
     """
-    sums = torch.zeros(7 + num_rows, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(8 + num_rows, dtype=torch.float64, device=world.device)
     for part in weighed:
         weighted_sum, nll, weights = engine(part.batch.tokens, part.weights)
         loss = weighted_sum * part.scale
@@ -76,9 +82,11 @@ def accumulate_gradients(engine: Any, world: World, weighed: Sequence[WeighedBat
             (~is_kept).sum().double(), (nll * ~is_kept).sum(), sums.new_tensor(part.batch.num_tokens),
         )  # fmt: skip
         sums[:7] += torch.stack(numbers)
-        sums[7:].index_add_(0, part.weights.of_seen(part.batch.places_N), nll)
+        sums[8:].index_add_(0, part.weights.of_seen(part.batch.places_N), nll)
+    sums[7] = float(stop.is_pressed)
     numbers = world.all_reduce(sums).cpu().numpy()
-    loss, weight_sum, num_kept, kept_nll, num_watched, watched_nll, num_tokens = numbers[:7].tolist()
+    loss, weight_sum, num_kept, kept_nll, num_watched, watched_nll, num_tokens, num_stopping = numbers[:8].tolist()
     return StepTotals(
-        loss, weight_sum, int(num_kept), kept_nll, int(num_watched), watched_nll, int(num_tokens), numbers[7:]
-    )
+        loss, weight_sum, int(num_kept), kept_nll, int(num_watched), watched_nll, int(num_tokens), int(num_stopping),
+        numbers[8:],
+    )  # fmt: skip

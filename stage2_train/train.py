@@ -22,8 +22,11 @@ def main() -> None:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
     from shared.cli import exit_code_of
+    from shared.stopping import STOP_SIGNALS, stopped_at_once
 
-    code = exit_code_of(lambda: train(arguments.pipeline, arguments.overrides), "train.py")
+    # Until the training loop, which has something to save, handles them itself.
+    with stopped_at_once(STOP_SIGNALS):
+        code = exit_code_of(lambda: train(arguments.pipeline, arguments.overrides), "train.py")
     sys.stdout.flush()
     # An interpreter that shuts down while the process group is open may be aborted by the threads of gloo, and the
     # exit code would be lost.
@@ -35,9 +38,11 @@ def train(pipeline: str, overrides: list[str]) -> None:
     from shared.load_config import load_config
 
     config = load_config(pipeline, overrides)
-    from stage2_train.distributed import choose_accelerator, meet
+    from stage2_train.distributed import choose_accelerator, make_deterministic, meet
 
     choose_accelerator()
+    if config.train.deterministic:
+        make_deterministic()
     from stage2_train.setup import prepare
 
     job = prepare(config)

@@ -8,20 +8,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.errors import UserError
+from shared.stopping import STOP_SIGNALS, Stopped, StopSwitch, stop_switch
 from stage2_train.batch import Batch
 from stage2_train.checkpoint import load_newest, save_checkpoint
-from stage2_train.checkpoint_files import prune_checkpoints, read_state, remove_checkpoints_after
+from stage2_train.checkpoint_files import TrainerState, prune_checkpoints, read_state, remove_checkpoints_after
 from stage2_train.deepspeed_config import learning_rate_at
 from stage2_train.distributed import World
 from stage2_train.engine import build_engine
 from stage2_train.evaluate import evaluate
 from stage2_train.export import export_model
 from stage2_train.loss import GivenWeights
-from stage2_train.metrics import StepMetrics, TrainingProgress, append_line, cut_after, eval_path, metrics_path
+from stage2_train.metrics import (
+    StepMetrics,
+    TrainingProgress,
+    append_line,
+    cut_after,
+    eval_path,
+    evaluated,
+    finite_or_none,
+    metrics_path,
+)
+from stage2_train.nonfinite import NonFiniteGuard
 from stage2_train.preflight import refuse_misaligned, stored_logprobs
-from stage2_train.setup import Job, layout, resolve_dtype
-from stage2_train.step import accumulate_gradients, weigh_step
+from stage2_train.probe import probe_nll, refuse_other_loss
+from stage2_train.setup import Job, resolve_dtype, zero_stage
+from stage2_train.step import StepTotals, accumulate_gradients, weigh_step
 from stage2_train.step_loader import StepLoader
 from stage2_train.weigh import StepWeigher
 
@@ -35,36 +46,50 @@ class Trainer:
         self.weigher = StepWeigher(job.weighting, job.config, job.cache, world.all_reduce)
         self.engine, self.model, self.form = build_engine(job, world)
         self.loader = StepLoader(job, world, self.form, self.weigher)
+        self.guard = NonFiniteGuard(self.config.max_nonfinite_steps, self._row_ids, self._say)
+        self.stop = StopSwitch("saving a checkpoint, then stopping" if world.rank == 0 else "", insists=False)
         self.engine.train()
-        self.first_step = 1
+        self.saved_step = 0
         if job.checkpoints:
-            self.first_step = self._resume()
+            self.saved_step = self._resume()
 
     def run(self) -> None:
-        """Train to the last step, evaluate, and export the model; called by all ranks."""
-        num_steps = self.job.plan.num_steps
-        if self.world.rank == 0:
-            cut_after(metrics_path(self.job.output), self.first_step - 1)
-            # A run that starts over evaluates before its first step again.
-            cut_after(eval_path(self.job.output), self.first_step - 1 if self.job.checkpoints else -1)
-        if self.first_step == 1:
-            self._evaluate(0)
-        with TrainingProgress(self.job.output, self.first_step, num_steps, self.world.rank == 0) as progress:
-            for step in range(self.first_step, num_steps + 1):
-                progress.record(self._step(step))
-                is_last = step == num_steps
-                if is_last or (self.config.eval_steps and step % self.config.eval_steps == 0):
-                    self._evaluate(step)
-                if is_last or step % self.config.checkpoint_steps == 0:
-                    self._save(step)
+        """Train to the last step, evaluate, and export the model; called by all ranks.
+
+        Raises:
+            Stopped: a signal came to any rank; a checkpoint of the last step made is there.
+        """
+        with stop_switch(STOP_SIGNALS, self.stop):
+            self._train()
         self.loader.close()
         export_model(self.engine, self.model, self.job.tokenizer, self.job.output / "model")
         self.world.barrier()
 
-    def _step(self, step: int) -> StepMetrics:
-        """One optimizer step: every micro-batch forward and backward, then the update."""
+    def _train(self) -> None:
+        done, num_steps = self.saved_step, self.job.plan.num_steps
+        if self.world.rank == 0:
+            cut_after(metrics_path(self.job.output), done)
+            # A run that starts over evaluates before its first step again.
+            cut_after(eval_path(self.job.output), done if self.job.checkpoints else -1)
+        if self._evaluate(done):
+            raise Stopped
+        with TrainingProgress(self.job.output, done + 1, num_steps, self.world.rank == 0) as progress:
+            for step in range(done + 1, num_steps + 1):
+                metrics, is_stopping = self._step(step)
+                progress.record(metrics)
+                if step == num_steps or step % self.config.checkpoint_steps == 0:
+                    self._save(step)
+                if is_stopping or self._evaluate(step):
+                    self._save(step)
+                    raise Stopped
+
+    def _step(self, step: int) -> tuple[StepMetrics, bool]:
+        """One optimizer step: every micro-batch forward and backward, then the update.
+
+        Returns:
+            Its metrics, and whether any rank was asked to stop.
+        """
         started = time.perf_counter()
-        learning_rate = learning_rate_at(step, self.job.plan.num_steps, self.config)
         loaded, waited = self.loader.get(step)
         rows = loaded.rows
         # Dropout, where a model has it, is a function of step and rank: a resumed run draws the same.
@@ -72,36 +97,31 @@ class Trainer:
         weighed = weigh_step(step, loaded, self.weigher, self.engine, self.world)
         if step == 1 and self.job.starts_from_prior:
             self._refuse_misaligned(rows, [part.batch for part in weighed])
-        totals = accumulate_gradients(self.engine, self.world, weighed, len(rows))
-        self._refuse_non_finite(step, rows, totals.row_nll_R, totals.loss)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.engine.step()
-        grad_norm = float(self.engine.get_global_grad_norm())
-        if not np.isfinite(grad_norm):
-            raise UserError(
-                f"step {step}: the gradient's norm is {grad_norm}; the step was not applied. {self._advice()}"
-            )
+        totals = accumulate_gradients(self.engine, self.world, weighed, len(rows), self.stop)
+        grad_norm, was_applied = self._update(step, rows, totals)
         num_targets = int(self.job.cache.num_targets[rows].sum())
         nll = totals.nll(num_targets)
-        return StepMetrics(
-            step=step, loss=totals.loss, nll=nll,
-            nll_sampled=totals.nll_sampled(num_targets) if nll is None else None,
+        metrics = StepMetrics(
+            step=step, loss=finite_or_none(totals.loss), nll=finite_or_none(nll),
+            nll_sampled=finite_or_none(totals.nll_sampled(num_targets)) if nll is None else None,
             num_nll_targets=totals.num_kept + totals.num_watched,
             weight_mean=totals.weight_sum / num_targets, weight_zero_fraction=1.0 - totals.num_kept / num_targets,
-            grad_norm=grad_norm, lr=learning_rate, num_targets=num_targets,
+            grad_norm=finite_or_none(grad_norm), update_applied=was_applied,
+            lr=learning_rate_at(step, self.job.plan.num_steps, self.config), num_targets=num_targets,
             tokens_per_second=totals.num_tokens / (time.perf_counter() - started), data_wait_seconds=waited,
         )  # fmt: skip
+        return metrics, totals.num_stopping > 0
 
-    def _refuse_non_finite(self, step: int, rows: np.ndarray, row_nll_R: np.ndarray, loss: float) -> None:
-        """Stop before the update where a number is not finite, and name the rows."""
-        is_bad_R = ~np.isfinite(row_nll_R)
-        if is_bad_R.any() or not np.isfinite(loss):
-            named = self._row_ids(rows[is_bad_R if is_bad_R.any() else slice(None)])
-            raise UserError(
-                f"step {step}: the loss is not finite before the update; rows concerned: {', '.join(named)}. "
-                + self._advice()
-            )
+    def _update(self, step: int, rows: np.ndarray, totals: StepTotals) -> tuple[float, bool]:
+        """Let DeepSpeed apply the accumulated gradients; the norm before clipping, and whether it did."""
+        is_finite = self.guard.check_loss(step, rows, totals)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, self.job.plan.num_steps, self.config)
+        self.engine.step()
+        grad_norm, was_applied = float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
+        if is_finite:
+            self.guard.check_update(step, rows, grad_norm, was_applied)
+        return grad_norm, was_applied
 
     def _refuse_misaligned(self, rows: np.ndarray, batches: Sequence[Batch]) -> None:
         """Stop where the model, which is still the prior, does not give the stored scores."""
@@ -121,8 +141,9 @@ class Trainer:
         named = [repr(row["row_id"]) for row in self.job.cache.stored_rows(list(rows[:most]), ["row_id"])]
         return named + ([f"and {len(rows) - most} more"] if len(rows) > most else [])
 
-    def _advice(self) -> str:
-        return "Lower train.learning_rate, raise train.warmup_ratio, or look at these rows"
+    def _say(self, message: str) -> None:
+        if self.world.rank == 0:
+            print(message, flush=True)
 
     @torch.no_grad()
     def _nll(self, batch: Batch) -> Tensor:
@@ -134,29 +155,50 @@ class Trainer:
         self.engine.train()
         return nll_N
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int) -> bool:
+        """Evaluate on the stores that are due after a step; whether a rank was asked to stop meanwhile."""
+        every, num_steps = self.config.eval_steps, self.job.plan.num_steps
+        if not (step in (0, num_steps) or (every and step % every == 0)):
+            return False
         for name, cache in self.job.eval_caches.items():
-            result = evaluate(step, name, cache, self._nll, self.world, self.job.bounds(self.form), self.form)
+            # A run that was stopped while it evaluated does what is left when it goes on.
+            if self.world.any(self.world.rank == 0 and (step, name) in evaluated(self.job.output)):
+                continue
+            bounds = self.job.bounds(self.form)
+            result = evaluate(step, name, cache, self._nll, self.world, bounds, self.form, self.stop)
+            if result is None:
+                return True
             if self.world.rank == 0:
                 append_line(eval_path(self.job.output), asdict(result))
                 supported = "none" if result.nll_supported is None else f"{result.nll_supported:.4f}"
                 print(f"evaluation after step {step} on {name}: nll {result.nll:.4f}, of supported targets {supported}")
+        return False
 
     def _save(self, step: int) -> None:
-        state = {**layout(self.config), "settings": self.job.settings()}
-        save_checkpoint(self.engine, self.job.output, step, state, self.world)
+        """Save the checkpoint after a step, unless it is there."""
+        if self.saved_step == step:
+            return
+        state = TrainerState(
+            step, self.world.size, zero_stage(self.config), self.job.settings(), self._probe(step), self.guard.num_steps
+        )
+        save_checkpoint(self.engine, self.job.output, state, self.world)
+        self.saved_step = step
         if self.world.rank == 0:
             prune_checkpoints(self.job.output, self.config.keep_checkpoints)
 
     def _resume(self) -> int:
-        """Load the checkpoint; returns the step to go on with."""
-        if self.world.rank == 0:
-            for problem in self.job.damaged:
-                print(f"WARNING: {problem}: passed over", flush=True)
+        """Load the checkpoint; returns the step after which it was saved."""
+        for problem in self.job.damaged:
+            self._say(f"WARNING: {problem}: passed over")
         folder = load_newest(self.engine, self.job.checkpoints, self.world)
-        step = int(read_state(folder)["step"])
+        state = read_state(folder)
+        self.guard.num_steps = state.num_nonfinite_steps
+        refuse_other_loss(state.probe_nll, self._probe(state.step), resolve_dtype(self.config), folder)
+        # Where an older checkpoint was asked for or taken, what came after it is made again.
         if self.world.rank == 0:
-            # Where an older checkpoint was asked for or taken, what came after it is made again.
-            remove_checkpoints_after(self.job.output, step)
-            print(f"resumed from {folder}, after step {step}", flush=True)
-        return step + 1
+            remove_checkpoints_after(self.job.output, state.step)
+        self._say(f"resumed from {folder}, after step {state.step}")
+        return state.step
+
+    def _probe(self, step: int) -> float:
+        return probe_nll(self.job, step, self.world, self.form, self._nll)

@@ -15,6 +15,7 @@ def main() -> None:
     import torch
 
     from shared.load_config import load_config
+    from shared.stopping import StopSwitch
     from stage2_train.distributed import meet
     from stage2_train.setup import prepare
     from stage2_train.step import accumulate_gradients, weigh_step
@@ -28,7 +29,7 @@ def main() -> None:
         loaded, _ = trainer.loader.get(step)
         gathered.clear()
         weighed = weigh_step(step, loaded, trainer.weigher, trainer.engine, world)
-        accumulate_gradients(trainer.engine, world, weighed, len(loaded.rows))
+        accumulate_gradients(trainer.engine, world, weighed, len(loaded.rows), StopSwitch())
         trainer.engine.step()
         wide = sum(shape[0] == trainer.model.config.vocab_size for shape in gathered)
         found.append({"micro_batches": len(loaded.batches), "gathers": wide})

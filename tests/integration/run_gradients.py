@@ -49,6 +49,7 @@ def gradients_of(trainer: Any, job: Any) -> tuple[float, dict[str, Any]]:
     """Loss of step 1 of a job, and the gradients that the optimizer was given; called by all ranks."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    from shared.stopping import StopSwitch
     from stage2_train.step import accumulate_gradients, weigh_step
     from stage2_train.step_loader import StepLoader
     from stage2_train.weigh import StepWeigher
@@ -58,7 +59,9 @@ def gradients_of(trainer: Any, job: Any) -> tuple[float, dict[str, Any]]:
     loader = StepLoader(job, world, trainer.form, weigher)
     loaded, _ = loader.get(1)
     loader.close()
-    totals = accumulate_gradients(engine, world, weigh_step(1, loaded, weigher, engine, world), len(loaded.rows))
+    totals = accumulate_gradients(
+        engine, world, weigh_step(1, loaded, weigher, engine, world), len(loaded.rows), StopSwitch()
+    )
     engine.step()
     gradients = {
         name: safe_get_full_optimizer_state(parameter, "exp_avg").clone()

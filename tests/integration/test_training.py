@@ -39,7 +39,7 @@ def test_outputs_of_a_run(trained: tuple[Path, Finished]):
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert set(lines[0]) == {
         "step", "loss", "nll", "nll_sampled", "num_nll_targets", "weight_mean", "weight_zero_fraction", "grad_norm",
-        "lr", "num_targets", "tokens_per_second", "data_wait_seconds",
+        "update_applied", "lr", "num_targets", "tokens_per_second", "data_wait_seconds",
     }  # fmt: skip
     assert lines[0]["lr"] == pytest.approx(1e-3)  # one step of warm-up
     resolved = yaml.safe_load((output / "config.yaml").read_text())["train"]

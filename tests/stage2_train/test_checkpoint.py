@@ -14,6 +14,7 @@ from shared.files import sha256_of_json
 from stage2_train import checkpoint_files
 from stage2_train.checkpoint import _SafeCheckpointEngine, load_newest, save_checkpoint
 from stage2_train.checkpoint_files import (
+    TrainerState,
     checkpoint_folder,
     entry_of,
     prune_checkpoints,
@@ -45,10 +46,14 @@ class Engine:
         return folder, {}
 
 
+def state_after(step: int) -> TrainerState:
+    return TrainerState(step, world_size=1, zero_stage=1, settings={}, probe_nll=1.0, num_nonfinite_steps=0)
+
+
 def saved(run: Path, *steps: int) -> list[Path]:
     """Checkpoints whose value is their step, the newest first."""
     for step in steps:
-        save_checkpoint(Engine(step), run, step, {"world_size": 1}, WORLD)
+        save_checkpoint(Engine(step), run, state_after(step), WORLD)
     return [checkpoint_folder(run, step) for step in sorted(steps, reverse=True)]
 
 
@@ -60,7 +65,7 @@ def test_the_newest_whole_checkpoint_is_loaded_and_old_ones_go(tmp_path: Path):
     engine = Engine()
     assert load_newest(engine, folders, WORLD) == folders[0]
     assert engine.value == 100
-    assert read_state(folders[0])["step"] == 100
+    assert read_state(folders[0]).step == 100
     prune_checkpoints(tmp_path, 2)
     assert whole_checkpoints(tmp_path)[0] == folders[:2]
 
@@ -78,7 +83,7 @@ def test_latest_moves_last_and_no_code_stays(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(checkpoint_files, "replacing", fail)
     with pytest.raises(UserError, match="killed here"):
-        save_checkpoint(Engine(8), tmp_path, 8, {}, WORLD)
+        save_checkpoint(Engine(8), tmp_path, state_after(8), WORLD)
     assert latest.read_text() == "step-0000007\n"
     assert whole_checkpoints(tmp_path)[0][0] == checkpoint_folder(tmp_path, 8)
 
@@ -145,7 +150,7 @@ def test_no_checkpoint_is_begun_without_room(tmp_path: Path, monkeypatch: pytest
     usage = type("Usage", (), {"free": 10})()
     monkeypatch.setattr(checkpoint_files.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(UserError, match=r"a checkpoint needs .* MiB are free; none was begun"):
-        save_checkpoint(Engine(2), tmp_path, 2, {}, WORLD)
+        save_checkpoint(Engine(2), tmp_path, state_after(2), WORLD)
     assert whole_checkpoints(tmp_path) == ([folder], [])
 
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from stage1_score.stopping import Stopped, stop_switch
+from shared.stopping import Stopped, StopSwitch, stop_switch, stopped_at_once
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -49,3 +49,16 @@ def test_a_thread_gets_a_switch_that_no_signal_presses():
     thread.start()
     thread.join()
     assert seen == [True]
+
+
+def test_a_switch_that_does_not_insist_counts_any_number_of_signals():
+    with stop_switch((signal.SIGTERM, signal.SIGUSR1), StopSwitch("", insists=False)) as switch:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert switch.is_pressed
+
+
+def test_where_there_is_nothing_to_finish_a_signal_ends_the_block_at_once():
+    with stopped_at_once([signal.SIGUSR1]), pytest.raises(Stopped):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
