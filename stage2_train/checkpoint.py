@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 from shared.files import remove
 from stage2_train.checkpoint_files import (
     TrainerState,
@@ -23,7 +23,7 @@ from stage2_train.checkpoint_files import (
     write_manifest,
 )
 from stage2_train.distributed import World
-from stage2_train.universal import convert, load_universal, tensors_only
+from stage2_train.universal import convert, load_universal, refused, tensors_only
 
 _TAG = "deepspeed"
 _SAVING, _CONVERTED = ".saving-", ".converted-"
@@ -54,7 +54,7 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
             try:
                 return torch.load(path, map_location=map_location, weights_only=True)
             except pickle.UnpicklingError as error:
-                raise UserError(f"{path}: refused, it holds more than tensors ({first_line(error)})") from None
+                raise refused(path, error) from None
 
 
 def use_safe_loading(engine: Any) -> None:

@@ -24,9 +24,12 @@ def main() -> None:
     from shared.cli import exit_code_of
     from shared.stopping import STOP_SIGNALS, stopped_at_once
 
-    # Until the training loop, which has something to save, handles them itself.
-    with stopped_at_once(STOP_SIGNALS):
-        code = exit_code_of(lambda: train(arguments.pipeline, arguments.overrides), "train.py")
+    def command() -> None:
+        # Until the training loop, which has something to save, handles them itself.
+        with stopped_at_once(STOP_SIGNALS):
+            train(arguments.pipeline, arguments.overrides)
+
+    code = exit_code_of(command, "train.py")
     sys.stdout.flush()
     # An interpreter that shuts down while the process group is open may be aborted by the threads of gloo, and the
     # exit code would be lost.

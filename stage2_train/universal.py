@@ -8,6 +8,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +21,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 
 _SAVED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 """What DeepSpeed itself saves besides tensors."""
@@ -43,6 +44,13 @@ def tensors_only() -> Iterator[None]:
             os.environ[_WEIGHTS_ONLY] = before
 
 
+def refused(path: Path | str, error: pickle.UnpicklingError) -> UserError:
+    """What to say of a file that is not loaded. torch advises to load it all the same; that is left out."""
+    reason = re.search(r"Unsupported \w+: .*? was not", str(error))
+    what = f" ({reason[0].removesuffix(' was not')})" if reason else ""
+    return UserError(f"{path}: refused, it holds more than tensors{what}; nothing of it was run")
+
+
 def convert(source: Path, target: Path) -> None:
     """Convert a DeepSpeed checkpoint folder; by one rank, in a process of its own, since it fills memory and stdout.
 
@@ -53,7 +61,7 @@ def convert(source: Path, target: Path) -> None:
         try:
             executor.submit(_convert, str(source), str(target)).result()
         except pickle.UnpicklingError as error:
-            raise UserError(f"{source}: refused, it holds more than tensors ({first_line(error)})") from None
+            raise refused(source, error) from None
 
 
 def _convert(source: str, target: str) -> None:
