@@ -331,7 +331,7 @@ def train_with_ours(way: str, arguments: argparse.Namespace, answers: TextIO) ->
     if way.endswith(REFERENCE):
         add_reference(trainer)
     for step in count(1):
-        metrics = trainer._step(step)
+        metrics, _ = trainer._step(step)
         rows = job.plan.rows_of_step(step)
         dropped, lengths = metrics.weight_zero_fraction, job.cache.lengths[rows]
         flops = flops_of(arguments.shape, lengths, float(np.sum(job.cache.num_targets[rows])) * (1 - dropped))
