@@ -65,6 +65,18 @@ def test_a_signal_to_the_whole_job_saves_within_the_grace_of_the_launcher(
     assert (run / "checkpoints" / "LATEST").read_text() == f"step-{len(metrics_of(run)):07d}\n"
 
 
+def test_torchrun_passes_the_signal_on_and_waits(demo_store: Path, pipeline: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--shutdown-timeout", "60"]
+    case = [*training(demo_store, run, 3), "train.checkpoint_steps=1000"]
+    process = start([sys.executable, *launcher, "stage2_train/train.py", str(pipeline), *case])
+    wait_for(lambda: num_lines(run / "metrics.jsonl") >= 3, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output  # torchrun's, whatever the ranks return
+    assert (run / "checkpoints" / "LATEST").read_text() == f"step-{len(metrics_of(run)):07d}\n"
+
+
 def test_a_signal_before_the_first_step_ends_at_once(demo_store: Path, pipeline: Path, tmp_path: Path):
     run = tmp_path / "run"
     process = start([sys.executable, "stage2_train/train.py", str(pipeline), *training(demo_store, run, 1)])
