@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from launching import Finished, demo_overrides, finish, free_port, score
+from launching import ALL_COLUMNS, Finished, demo_overrides, finish, free_port, score
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +22,17 @@ def demo_store(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """96 rows of the demo, scored by its prior, in three shards."""
     store = tmp_path_factory.mktemp("demo") / "store"
     score(pipeline, *demo_overrides(store))
+    return store
+
+
+@pytest.fixture(scope="session")
+def golden_store(reference: Path, pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 16 rows of GSM8K that the golden numbers are about, scored by the 260K-parameter model."""
+    store = tmp_path_factory.mktemp("golden") / "store"
+    score(
+        pipeline, f"data.path={reference}/golden/gsm8k_tokens.jsonl", f"prior.model={reference}/data/stories260K",
+        "prior.dtype=float32", "data.max_length=512", "data.limit=16", f"score.output={store}", ALL_COLUMNS,
+    )  # fmt: skip
     return store
 
 

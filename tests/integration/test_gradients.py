@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from launching import ALL_COLUMNS, Finished, metrics_of, score
+from launching import Finished, metrics_of
 from transformers import AutoModelForCausalLM
 
 TrainCases = Callable[..., Finished]
@@ -38,16 +38,6 @@ def test_first_step_equals_the_golden_numbers(
         assert line["weight_mean"] == pytest.approx(rules[name]["mean_weight"], rel=1e-5)
         assert line["weight_zero_fraction"] == pytest.approx(rules[name]["zero_fraction"])
         assert line["num_targets"] == 3133
-
-
-@pytest.fixture(scope="session")
-def golden_store(reference: Path, pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    store = tmp_path_factory.mktemp("golden") / "store"
-    score(
-        pipeline, f"data.path={reference}/golden/gsm8k_tokens.jsonl", f"prior.model={reference}/data/stories260K",
-        "prior.dtype=float32", "data.max_length=512", "data.limit=16", f"score.output={store}", ALL_COLUMNS,
-    )  # fmt: skip
-    return store
 
 
 RULES = {
