@@ -31,7 +31,8 @@ class StepMetrics:
     """Else the same, targets of weight zero counted by a sample of them (`train.nll_every`)."""
     num_nll_targets: int
     """Targets that nll or nll_sampled is made of."""
-    weight_mean: float
+    weight_mean: float | None
+    """None where it is not finite, as it may be where a rule weighs by the statistics of a step that is not."""
     weight_zero_fraction: float
     grad_norm: float | None
     """Before clipping; None where it is not finite."""
@@ -116,8 +117,9 @@ class TrainingProgress:
         if metrics.nll_sampled is not None:
             nll = f"nll_sampled {metrics.nll_sampled:.4f}  "
         loss = "not finite" if metrics.loss is None else f"{metrics.loss:.4f}"
+        weight = "not finite" if metrics.weight_mean is None else f"{metrics.weight_mean:.3f}"
         shown = (
-            f"loss {loss}  {nll}weight {metrics.weight_mean:.3f} "
+            f"loss {loss}  {nll}weight {weight} "
             f"({metrics.weight_zero_fraction:.0%} zero)  {metrics.tokens_per_second:,.0f} tokens/s"
         )
         if self._bar is not None:

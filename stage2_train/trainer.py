@@ -105,7 +105,7 @@ class Trainer:
             step=step, loss=finite_or_none(totals.loss), nll=finite_or_none(nll),
             nll_sampled=finite_or_none(totals.nll_sampled(num_targets)) if nll is None else None,
             num_nll_targets=totals.num_kept + totals.num_watched,
-            weight_mean=totals.weight_sum / num_targets, weight_zero_fraction=1.0 - totals.num_kept / num_targets,
+            weight_mean=finite_or_none(totals.weight_sum / num_targets), weight_zero_fraction=1.0 - totals.num_kept / num_targets,
             grad_norm=finite_or_none(grad_norm), update_applied=was_applied,
             lr=learning_rate_at(step, self.job.plan.num_steps, self.config), num_targets=num_targets,
             tokens_per_second=totals.num_tokens / (time.perf_counter() - started), data_wait_seconds=waited,

@@ -33,8 +33,8 @@ def test_only_the_writer_writes(tmp_path: Path, capsys):
 
 def test_a_step_that_is_not_finite_is_valid_json_and_shown(tmp_path: Path, capsys):
     loss, norm = finite_or_none(float("nan")), finite_or_none(float("inf"))
-    metrics = StepMetrics(1, loss, None, None, 0, 0.25, 0.75, norm, False, 1e-4, 100, 1234.0, 0.001)
+    metrics = StepMetrics(1, loss, None, None, 0, None, 0.75, norm, False, 1e-4, 100, 1234.0, 0.001)
     TrainingProgress(tmp_path, 1, 1, is_writer=True).record(metrics)
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert (line["loss"], line["grad_norm"], line["update_applied"]) == (None, None, False)
-    assert "loss not finite" in capsys.readouterr().out
+    assert "loss not finite  weight not finite (75% zero)" in capsys.readouterr().out
