@@ -123,6 +123,22 @@ def test_a_planted_pickle_in_place_of_the_record_is_no_checkpoint(
     assert not marker.exists()
 
 
+def test_a_checkpoint_that_loads_as_another_model_is_refused(
+    demo_store: Path, train_cases: Callable[..., Finished], tmp_path: Path
+):
+    """A hundredth of a percent off the recorded loss is not rounding."""
+    run = tmp_path / "run"
+    assert train_cases([training(demo_store, run, 1)], 1).code == 0
+    path = run / "checkpoints" / "step-0000002" / "trainer.json"
+    record = json.loads(path.read_text())
+    del record["digest"]
+    record["probe_nll"] *= 1.0001
+    path.write_text(json.dumps({**record, "digest": sha256_of_json(record)}))
+    done = train_cases([training(demo_store, run, 1)], 1)
+    assert done.code != 0
+    assert "of the batch recorded with it" in done.output
+
+
 @pytest.mark.parametrize("beside", [False, True], ids=["instead", "beside"])
 def test_an_exported_model_with_a_bin_runs_nothing(
     demo_store: Path, train_cases: Callable[..., Finished], pipeline: Path, tmp_path: Path, beside: bool
