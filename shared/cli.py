@@ -6,14 +6,17 @@ import sys
 import time
 from collections.abc import Callable
 
-from shared.errors import CheckFailed, UserError
+from shared.errors import CheckFailed, LostRank, UserError
 
-DONE, USER_MISTAKE, CHECK_FAILED, STOPPED = 0, 2, 3, 75
+DONE, FAILED, USER_MISTAKE, CHECK_FAILED, STOPPED = 0, 1, 2, 3, 75
 
 _USER_ERRNOS = {
     errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EISDIR,
     errno.EEXIST,
 }  # fmt: skip
+
+
+_SECONDS_FOR_THE_FIRST = 10.0
 
 
 def exit_code_of(command: Callable[[], None], program: str) -> int:
@@ -30,6 +33,10 @@ def exit_code_of(command: Callable[[], None], program: str) -> int:
         if os.environ.get("RANK", "0") == "0":
             _report(f"{program}: stopped; the same command goes on from the last finished shard or checkpoint", STOPPED)
         return STOPPED
+    except LostRank as error:
+        # The one that is lost may have had a reason of its own, and exits with its code: it comes first.
+        time.sleep(_SECONDS_FOR_THE_FIRST)
+        return _report(f"{program}: {error}", FAILED)
     except (UserError, OSError) as error:
         mistake = mistake_in_words(error)
         if mistake is None:
@@ -52,7 +59,7 @@ def _report(message: str, code: int) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         # The launcher ends the other ranks when rank 0 exits; whoever is still there has met something of its own.
-        time.sleep(10)
+        time.sleep(_SECONDS_FOR_THE_FIRST)
         message = f"[rank {rank}] {message}"
     sys.stdout.flush()  # what was said before the error must not come after it in a log
     print(message, file=sys.stderr, flush=True)

@@ -321,6 +321,8 @@ class TrainConfig(_Strict):
     are slower. On a CPU runs are so without it."""
     max_nonfinite_steps: int = Field(default=0, ge=0)
     """Steps of the run whose loss or gradient may be not finite before it stops; their rows are named."""
+    timeout_seconds: int = Field(default=600, ge=5)
+    """A rank that lets the others wait for so long ends the run; a dead one ends it at once."""
     checkpoint_steps: int = Field(default=500, ge=1)
     """Save a checkpoint after every so many steps, after the last, and when SIGTERM, SIGUSR1 or Ctrl-C comes."""
     keep_checkpoints: int = Field(default=2, ge=1)

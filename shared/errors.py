@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user."""
+"""Errors that are shown as one line, without a traceback."""
 
 
 class UserError(ValueError):
@@ -15,3 +15,7 @@ def first_line(error: Exception) -> str:
 
 class CheckFailed(Exception):
     """A check that the user asked for did not hold: exit code 3."""
+
+
+class LostRank(Exception):
+    """Another process of the run died or does not answer: exit code 1; the same command goes on."""

@@ -125,7 +125,7 @@ def _cannot_be_written(path: Path | str, error: OSError | RuntimeError) -> UserE
 
 def _agree(world: World, error: UserError | None) -> None:
     """Raise on all ranks where one of them met an error; also where all wait for each other."""
-    if world.any(error is not None):
+    if world.any_in_its_time(error is not None):
         raise error or UserError("another rank could not read or write its part of the checkpoint")
 
 
@@ -162,7 +162,7 @@ def _load_converted(engine: Any, folder: Path, world: World) -> None:
     try:
         _agree(world, _converted(folder, converted) if world.rank == 0 else None)
         load_universal(engine, converted, _TAG)
-        world.barrier()
+        world.wait_for_all()
     finally:
         if world.rank == 0:
             remove(converted)

@@ -2,12 +2,16 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared.errors import UserError, first_line
+from shared.errors import LostRank, UserError, first_line
 
 _DEFAULT_ENVIRONMENT = {
     "RANK": "0",
@@ -17,6 +21,8 @@ _DEFAULT_ENVIRONMENT = {
     "MASTER_PORT": "0",
 }
 
+_LONGEST_WAIT = timedelta(days=1)
+
 
 @dataclass(frozen=True)
 class World:
@@ -25,6 +31,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    patient_group: Any = None
+    """Of the same ranks, on their CPUs, with a timeout that no healthy wait exceeds."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in place."""
@@ -36,10 +44,16 @@ class World:
         """Whether the flag is set on any rank."""
         return float(self.all_reduce(torch.tensor(float(flag), device=self.device))) > 0
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
+    def any_in_its_time(self, flag: bool) -> bool:
+        """The same, where one rank may work for long while the others wait; one that dies still ends the wait."""
+        flags = torch.tensor(float(flag))
         if self.size > 1:
-            torch.distributed.barrier()
+            torch.distributed.all_reduce(flags, group=self.patient_group)
+        return float(flags) > 0
+
+    def wait_for_all(self) -> None:
+        """Wait until all ranks are here, however long one of them works."""
+        self.any_in_its_time(False)
 
 
 def _ranks_on_this_node() -> int:
@@ -62,8 +76,31 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def meet() -> World:
-    """Join the other processes of the run; alone, where no launcher set an environment."""
+@contextmanager
+def lost_ranks_named(timeout_seconds: int) -> Iterator[None]:
+    """What a collective raises when another rank is gone, in the words of a user.
+
+    Raises:
+        LostRank: a peer closed its connection, or did not answer for so long.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no type of their own, but name the file of gloo that they come from.
+        if not isinstance(error, torch.distributed.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise LostRank(
+            f"another process of this run died or did not answer for {timeout_seconds} s (train.timeout_seconds): see "
+            f"what it printed; the same command goes on from the last checkpoint ({first_line(error)})"
+        ) from None
+
+
+def meet(timeout_seconds: int = 600) -> World:
+    """Join the other processes of the run; alone, where no launcher set an environment.
+
+    Args:
+        timeout_seconds: the longest that a rank waits for another in a step.
+    """
     for name, value in _DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     on_cuda = torch.cuda.is_available()
@@ -84,11 +121,13 @@ def meet() -> World:
         # Each rank would take all cores; together they would spend their time waiting for each other.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _ranks_on_this_node()))
     try:
-        deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False)
+        timeout = timedelta(seconds=timeout_seconds)
+        deepspeed.init_distributed("nccl" if on_cuda else "gloo", verbose=False, timeout=timeout)
     except torch.distributed.DistNetworkError as error:
         port = os.environ["MASTER_PORT"]
         raise UserError(
             f"the processes cannot meet at port {port} ({first_line(error)}): if another training runs on this "
             "machine, start this one with `deepspeed --master_port` and another number"
         ) from None
-    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    patient = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+    return World(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, patient)

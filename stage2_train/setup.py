@@ -23,7 +23,7 @@ from stage2_train.preflight import refuse_other_tokenizer
 
 _FREE_TO_CHANGE = {
     "output", "cache_dir", "eval_scores", "eval_steps", "checkpoint_steps", "keep_checkpoints", "resume", "scores",
-    "nll_every", "max_nonfinite_steps",
+    "nll_every", "max_nonfinite_steps", "timeout_seconds",
 }  # fmt: skip
 """Settings that a resumed run may change: they do not touch the numbers."""
 

@@ -41,7 +41,7 @@ def train(pipeline: str, overrides: list[str]) -> None:
     from shared.load_config import load_config
 
     config = load_config(pipeline, overrides)
-    from stage2_train.distributed import choose_accelerator, make_deterministic, meet
+    from stage2_train.distributed import choose_accelerator, lost_ranks_named, make_deterministic, meet
 
     choose_accelerator()
     if config.train.deterministic:
@@ -49,14 +49,16 @@ def train(pipeline: str, overrides: list[str]) -> None:
     from stage2_train.setup import prepare
 
     job = prepare(config)
-    world = meet()
-    from stage2_train.announce import announce
-    from stage2_train.trainer import Trainer
+    timeout = config.train.timeout_seconds
+    with lost_ranks_named(timeout):
+        world = meet(timeout)
+        from stage2_train.announce import announce
+        from stage2_train.trainer import Trainer
 
-    trainer = Trainer(job, world)
-    if world.rank == 0:
-        announce(job, world, trainer.form)
-    trainer.run()
+        trainer = Trainer(job, world)
+        if world.rank == 0:
+            announce(job, world, trainer.form)
+        trainer.run()
     # Not after an error: closing the group would end the others before this rank has said what it met.
     import torch
 

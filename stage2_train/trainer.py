@@ -63,7 +63,7 @@ class Trainer:
             self._train()
         self.loader.close()
         export_model(self.engine, self.model, self.job.tokenizer, self.job.output / "model")
-        self.world.barrier()
+        self.world.wait_for_all()
 
     def _train(self) -> None:
         done, num_steps = self.saved_step, self.job.plan.num_steps

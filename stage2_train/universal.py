@@ -12,6 +12,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,15 @@ def convert(source: Path, target: Path) -> None:
     """Convert a DeepSpeed checkpoint folder; by one rank, in a process of its own, since it fills memory and stdout.
 
     Raises:
-        UserError: a file holds more than tensors; nothing of it was run.
+        UserError: a file holds more than tensors, and nothing of it was run; or the process was killed.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         try:
             executor.submit(_convert, str(source), str(target)).result()
         except pickle.UnpicklingError as error:
             raise refused(source, error) from None
+        except BrokenProcessPool:
+            raise UserError(f"{source}: the process that converts it was killed; it may be short of memory") from None
 
 
 def _convert(source: str, target: str) -> None:
