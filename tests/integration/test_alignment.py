@@ -48,7 +48,11 @@ def rows_of(store: Path, index: int) -> list[ScoredRow]:
 
 
 def training(store: Path, pipeline: Path, output: Path, *more: str) -> list[str]:
-    overrides = [f"train.scores={store}", "train.method=prift_prob", "train.batch_size=96", f"train.output={output}"]
+    overrides = [
+        f"train.scores={store}", "train.method=prift_prob", "train.batch_size=96", f"train.output={output}",
+        # The footers are those of the sound store: a copy that another test made of it would be taken.
+        f"train.cache_dir={output.parent}/cache",
+    ]  # fmt: skip
     return deepspeed_command(1, *overrides, *more, pipeline=pipeline)
 
 

@@ -116,7 +116,7 @@ def test_a_disk_that_is_full_on_one_rank_only_ends_all_with_its_message(
     command[command.index("stage2_train/train.py")] = "tests/integration/one_rank_fails.py"
     done = finish(command)
     assert done.code == 2, done.output
-    assert "could not write its part of the checkpoint" in done.output
+    assert "could not read or write its part of the checkpoint" in done.output
     assert not list((run / "checkpoints").glob("step-*"))
 
 
