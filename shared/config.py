@@ -244,6 +244,24 @@ class WeightingConfig(_Strict):
     """Weight of stop tokens in place of the rule's; None leaves them to the rule, as the paper does."""
 
 
+class LoraConfig(_Strict):
+    """LoRA (arXiv 2106.09685): matrices A and B are trained for some of the weights, which are frozen."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rows of A and columns of B."""
+    alpha: float = Field(default=32.0, gt=0)
+    """`alpha / rank * B A` is added to a weight."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the inputs of A that is set to zero in training."""
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    """Which weights: those of all linear modules but the head, or a list of names, or of their last parts: [q_proj]."""
+    export: Literal["adapter", "merged"] = "adapter"
+    """What `model/` holds: A and B, for `PeftModel.from_pretrained`, or (`merged`) a plain model that they are added
+    to."""
+
+
 class TrainConfig(_Strict):
     """One training run from a score store."""
 
@@ -291,7 +309,9 @@ class TrainConfig(_Strict):
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimizer steps, whichever comes first."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the order of examples."""
+    """Seed of the order of examples, and of what LoRA begins with."""
+    lora: LoraConfig | None = None
+    """None: all parameters are trained. Else only those that LoRA adds (the extra `lora`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 on CUDA (with float32 master weights) and float32 on a CPU."""
     learning_rate: float = Field(default=5e-5, gt=0)
@@ -304,7 +324,7 @@ class TrainConfig(_Strict):
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises linearly."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay, on all parameters."""
+    """Decoupled weight decay, on all parameters that are trained."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """AdamW's decay of the mean of gradients."""
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)

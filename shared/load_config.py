@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -77,10 +77,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the tree."""
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from known_keys(field.annotation, f"{prefix}{name}.")
-        else:
+        # The type itself, or what `X | None` may be besides None.
+        kinds = [kind for kind in get_args(field.annotation) or [field.annotation] if isinstance(kind, type)]
+        section = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
+        if section is None or section is not field.annotation:
             yield f"{prefix}{name}"
+        if section is not None:
+            yield from known_keys(section, f"{prefix}{name}.")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

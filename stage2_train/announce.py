@@ -1,15 +1,19 @@
 """What a run says before it begins: its arithmetic, and what its weights will do."""
 
+from typing import Any
+
+from shared.config import TrainConfig
 from shared.files import remove_stale_temporaries
 from stage2_train.batch import BatchForm
 from stage2_train.distributed import World
+from stage2_train.lora import count_parameters, target_names
 from stage2_train.metrics import metrics_path
 from stage2_train.preflight import stop_token_warning
 from stage2_train.setup import Job, resolve_dtype, write_config
 
 
-def announce(job: Job, world: World, form: BatchForm) -> None:
-    """Write config.yaml and print the batch arithmetic and warnings; called by rank 0."""
+def announce(job: Job, world: World, form: BatchForm, model: Any) -> None:
+    """Write config.yaml and print the batch arithmetic, what is trained, and warnings; called by rank 0."""
     config, plan, cache = job.config, job.plan, job.cache
     remove_stale_temporaries(job.output)
     if not job.checkpoints and metrics_path(job.output).is_file():
@@ -27,11 +31,22 @@ def announce(job: Job, world: World, form: BatchForm) -> None:
         f"{job.weighting.rule}/{job.weighting.source}, normalised by {config.normalize_by}",
         flush=True,
     )
+    print(_trained(model, config), flush=True)
     if stage == 0:
         print("ZeRO stage 0 runs as stage 1: in DeepSpeed 0.19 stage 0 misses the first step's bias correction")
     warning = stop_token_warning(cache, job.weighting)
     if warning:
         print(warning, flush=True)
+
+
+def _trained(model: Any, config: TrainConfig) -> str:
+    num_trained, num_parameters = count_parameters(model)
+    if config.lora is None:
+        return f"trains all {num_parameters:,} parameters"
+    return (
+        f"trains {num_trained:,} parameters, {num_trained / num_parameters:.2%} of {num_parameters:,}: LoRA of rank "
+        f"{config.lora.rank} on {', '.join(target_names(model))}"
+    )
 
 
 def _ranks(world: World, form: BatchForm) -> str:

@@ -5,6 +5,7 @@ planted makes it an older one.
 """
 
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,20 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
     others waiting in a collective.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, frozen: Collection[str] = ()) -> None:
+        """
+        Args:
+            frozen: names of the module's parameters that are not saved. DeepSpeed leaves out one name of each.
+        """
         super().__init__()
+        self._frozen = frozen
         self.error: UserError | None = None
         self.written: list[Path] = []
         """By this rank, since `written` was last cleared."""
 
     def save(self, state_dict: Any, path: str) -> None:
+        for name in self._frozen:
+            state_dict.get("module", {}).pop(name, None)
         try:
             super().save(state_dict, path)
             self.written.append(Path(path))
@@ -59,7 +67,7 @@ class _SafeCheckpointEngine(TorchCheckpointEngine):
 
 def use_safe_loading(engine: Any) -> None:
     """Make a DeepSpeed engine save and load through the safe checkpoint engine."""
-    engine.checkpoint_engine = _SafeCheckpointEngine()
+    engine.checkpoint_engine = _SafeCheckpointEngine(_frozen(engine.module))
 
 
 def save_checkpoint(engine: Any, run: Path, state: TrainerState, world: World) -> None:
@@ -106,7 +114,8 @@ def _written(engine: Any, temporary: Path, rank: int) -> UserError | None:
     """Write what this rank has of a checkpoint."""
     safe: _SafeCheckpointEngine = engine.checkpoint_engine
     safe.written.clear()
-    engine.save_checkpoint(str(temporary), tag=_TAG, client_state={}, save_latest=False)
+    # Frozen weights are those of the model's own files; the settings of the run name their content.
+    engine.save_checkpoint(str(temporary), tag=_TAG, client_state={}, save_latest=False, exclude_frozen_parameters=True)
     if safe.error is not None:
         return safe.error
     try:
@@ -142,7 +151,7 @@ def load_newest(engine: Any, folders: list[Path], world: World) -> Path:
             if world.rank == 0:
                 print(f"WARNING: {folder} is damaged and is passed over", flush=True)
         elif read_state(folder).world_size == world.size:
-            path, _ = engine.load_checkpoint(str(folder), tag=_TAG)
+            path, _ = engine.load_checkpoint(str(folder), tag=_TAG, custom_load_fn=_load_trained)
             assert path is not None, f"DeepSpeed found nothing to load in {folder}"
             return folder
         else:
@@ -181,6 +190,19 @@ def _converted(folder: Path, converted: Path) -> UserError | None:
     except (OSError, RuntimeError) as error:
         return _cannot_be_written(converted, error)
     return None
+
+
+def _load_trained(src: dict[str, Any], dst: torch.nn.Module) -> None:
+    """Load a module from a checkpoint that holds all but its frozen parameters."""
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    differing = sorted({*missing} - _frozen(dst) | {*unexpected})
+    assert not differing, f"parameters of the checkpoint and of the model differ: {', '.join(differing)}"
+
+
+def _frozen(module: torch.nn.Module) -> set[str]:
+    """Names of the parameters that are not trained; a tied one has two."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad}
 
 
 def _damaged_files(folder: Path, world: World) -> int:

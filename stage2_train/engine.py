@@ -14,6 +14,7 @@ from stage2_train.batch import BatchForm
 from stage2_train.checkpoint import use_safe_loading
 from stage2_train.deepspeed_config import build_deepspeed_config
 from stage2_train.distributed import World
+from stage2_train.lora import add_lora
 from stage2_train.loss import WeightedLM
 from stage2_train.preflight import refuse_small_vocabulary
 from stage2_train.sequence_parallel import make_group, sequence_parallel_obstacle, use_sequence_parallel_attention
@@ -40,11 +41,14 @@ def build_engine(job: Job, world: World) -> tuple[Any, Any, BatchForm]:
     del partitioner
     refuse_small_vocabulary(vocab_rows(model), job.cache.manifest, job.files.name)
     prepare_head(model)
+    if config.lora is not None:
+        add_lora(model, config.lora, job.files, config.seed)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = WeightedLM(model, config.logits_bytes(world.device.type), config.gradient_checkpointing == "offload")
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        trained, lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon, weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds_config)

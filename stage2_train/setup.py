@@ -17,6 +17,7 @@ from shared.weighting import Weighting, resolve_weighting
 from stage2_train.batch import BatchForm
 from stage2_train.cache import ScoreCache, open_cache
 from stage2_train.checkpoint_files import read_state, whole_checkpoints
+from stage2_train.lora import require_peft
 from stage2_train.metrics import metrics_path
 from stage2_train.plan import Bounds, MicroBatch, Plan, deal, make_plan
 from stage2_train.preflight import refuse_other_tokenizer
@@ -45,6 +46,8 @@ class Job:
     """To resume from: the first one that is whole; none where the run begins."""
     damaged: list[str]
     """What is wrong with newer ones."""
+    model_weights: str | None = None
+    """With LoRA: sha256 of the weight files, which no checkpoint holds."""
 
     def bounds(self, form: BatchForm) -> Bounds:
         """How a step is cut into micro-batches; ranks that share one have room for as many times the tokens."""
@@ -62,7 +65,16 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share with the one it goes on from."""
-        return {**self.config.model_dump(mode="json", exclude=_FREE_TO_CHANGE), "scores_key": self.cache.key}
+        settings = _binding(self.config.model_dump(mode="json"))
+        return {**settings, "scores_key": self.cache.key, "model_weights": self.model_weights}
+
+
+def _binding(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of `train` that a resumed run may not change."""
+    bound = {name: value for name, value in settings.items() if name not in _FREE_TO_CHANGE}
+    if bound.get("lora"):
+        bound["lora"] = {name: value for name, value in bound["lora"].items() if name != "export"}
+    return bound
 
 
 def prepare(config: Config) -> Job:
@@ -74,6 +86,8 @@ def prepare(config: Config) -> Job:
     train = config.train
     if train.scores is None:
         raise UserError("expected train.scores, the score store to train from; got none")
+    if train.lora is not None:
+        require_peft()
     weighting = resolve_weighting(train)
     if num_ranks() % train.sequence_parallel:
         raise UserError(
@@ -99,7 +113,7 @@ def prepare(config: Config) -> Job:
     probe_writable(output)
     job = Job(
         train, output, weighting, cache, eval_caches, plan, files, tokenizer, starts_from_prior,
-        *_checkpoints(train, output),
+        *_checkpoints(train, output), files.weights_digest() if train.lora else None,
     )  # fmt: skip
     _refuse_other_settings(job)
     return job
@@ -166,7 +180,8 @@ def _refuse_other_config(job: Job) -> None:
     path = job.output / "config.yaml"
     if path.is_file() and metrics_path(job.output).is_file():
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]
-        _refuse_differences(job, str(job.output), {"scores_key": job.cache.key, **stored})
+        unwritten = {"scores_key": job.cache.key, "model_weights": job.model_weights}
+        _refuse_differences(job, str(job.output), {**unwritten, **_binding(stored)})
 
 
 def _refuse_differences(job: Job, place: str, stored: dict[str, Any]) -> None:

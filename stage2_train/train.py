@@ -57,7 +57,7 @@ def train(pipeline: str, overrides: list[str]) -> None:
 
         trainer = Trainer(job, world)
         if world.rank == 0:
-            announce(job, world, trainer.form)
+            announce(job, world, trainer.form, trainer.model)
         trainer.run()
     # Not after an error: closing the group would end the others before this rank has said what it met.
     import torch

@@ -62,7 +62,7 @@ class Trainer:
         with stop_switch(STOP_SIGNALS, self.stop):
             self._train()
         self.loader.close()
-        export_model(self.engine, self.model, self.job.tokenizer, self.job.output / "model")
+        export_model(self.engine, self.model, self.job)
         self.world.wait_for_all()
 
     def _train(self) -> None:

@@ -1,11 +1,12 @@
 """pipeline.yaml is the reference of every knob: it must hold all of them, explained, and mean what it says."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from shared.config import Config
+from shared.config import Config, LoraConfig, TrainConfig
 from shared.load_config import known_keys, load_config
 
 SET_FOR_THE_DEMO = {
@@ -15,6 +16,16 @@ SET_FOR_THE_DEMO = {
 }  # fmt: skip
 
 
+SWITCHED_ON = Config(train=TrainConfig(lora=LoraConfig()))
+"""Every section that is off by default; in the pipeline its keys stand in comments, below the null."""
+
+
+def switched_on(text: str) -> str:
+    """The pipeline without these nulls and comment signs."""
+    section = re.compile(r"^  (\w+): null\n((?:    #.*\n)+)", re.MULTILINE)
+    return section.sub(lambda found: f"  {found[1]}:\n" + re.sub(r"(?m)^    # ?", "    ", found[2]), text)
+
+
 def value_at(tree: dict, dotted: str):
     for part in dotted.split("."):
         tree = tree[part]
@@ -22,12 +33,16 @@ def value_at(tree: dict, dotted: str):
 
 
 @pytest.mark.parametrize("key", known_keys())
-def test_every_knob_stands_there_at_its_default_and_explained(repository: Path, key: str):
-    text = (repository / "pipeline.yaml").read_text()
-    found = value_at(load_config(repository / "pipeline.yaml").model_dump(), key)
+def test_every_knob_stands_there_at_its_default_and_explained(repository: Path, tmp_path: Path, key: str):
+    text, defaults = (repository / "pipeline.yaml").read_text(), Config()
+    if key.startswith("train.lora."):
+        text, defaults = switched_on(text), SWITCHED_ON
+    pipeline = tmp_path / "pipeline.yaml"
+    pipeline.write_text(text)
+    found = value_at(load_config(pipeline).model_dump(), key)
     assert value_at(yaml.safe_load(text), key) is not None or found is None
     if key not in SET_FOR_THE_DEMO:
-        assert found == value_at(Config().model_dump(), key)
+        assert found == value_at(defaults.model_dump(), key)
     name = key.rpartition(".")[2]
     lines = text.splitlines()
     places = [index for index, line in enumerate(lines) if line.strip().startswith(f"{name}:")]

@@ -26,7 +26,7 @@ def main() -> None:
         job = prepare(load_config(pipeline, overrides))
         trainer = Trainer(job, world)
         if world.rank == 0:
-            announce(job, world, trainer.form)
+            announce(job, world, trainer.form, trainer.model)
         trainer.run()
     # As stage2_train/train.py leaves: gloo's threads may abort an interpreter that ends while the group is open.
     torch.distributed.destroy_process_group()

@@ -1,7 +1,7 @@
 """The config tree: strict, frozen, described, and what it refuses."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -15,11 +15,12 @@ def is_section(annotation: Any) -> bool:
 
 
 def models(model: type[BaseModel] = Config) -> Iterator[type[BaseModel]]:
-    """Every section of the tree."""
+    """Every section of the tree, those that are off by default too."""
     yield model
     for field in model.model_fields.values():
-        if is_section(field.annotation):
-            yield from models(field.annotation)  # pyright: ignore[reportArgumentType]
+        for kind in get_args(field.annotation) or [field.annotation]:
+            if is_section(kind):
+                yield from models(kind)
 
 
 def refusal(tree: dict[str, Any]) -> str:
@@ -41,7 +42,7 @@ def test_every_field_is_described():
 
 
 def test_sections_are_strict_and_frozen():
-    assert len(list(models())) == 7
+    assert len(list(models())) == 8
     for model in models():
         with pytest.raises(ValidationError, match="Extra inputs"):
             model.model_validate({"no_such_key": 1})
@@ -58,10 +59,20 @@ def test_sections_are_strict_and_frozen():
         ("score", "shard_rows", 0), ("score", "columns", ("mass_rank",)), ("score", "columns", ("logprob", "logprob")),
         ("score", "columns", ("logprob", "rank")), ("train", "learning_rate", 0.0), ("train", "warmup_ratio", 1.0),
         ("train", "batch_size", True), ("train", "method", "prift"), ("train", "normalize_by", "tokens"),
+        ("train", "lora", True),
     ],
 )  # fmt: skip
 def test_values_out_of_bounds_are_refused(section: str, key: str, value: Any):
     assert key in refusal({section: {key: value}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rank", 0), ("rank", 8.0), ("alpha", 0.0), ("dropout", 1.0), ("dropout", -0.1), ("rslora", 1),
+     ("target_modules", "q_proj"), ("target_modules", ()), ("export", "bin"), ("modules_to_save", ("lm_head",))],
+)  # fmt: skip
+def test_bounds_of_lora(key: str, value: Any):
+    assert f"train.lora.{key}" in refusal({"train": {"lora": {key: value}}})
 
 
 def test_an_impossible_template_date_is_refused():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shared.config import Config
+from shared.config import Config, LoraConfig
 from shared.errors import UserError
 from shared.load_config import known_keys, load_config
 
@@ -37,12 +37,20 @@ def test_an_empty_section_list_gives_the_defaults(pipeline):
         ("data.columns.promt", "data.columns.prompt"),
         ("prioor", "prior"),
         ("train.lr_schedule", "train.schedule"),
+        ("train.lora.rnk", "train.lora.rank"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one(pipeline, key: str, nearest: str):
     with pytest.raises(UserError) as refused:
         load_config(pipeline("data: {}\n"), [f"{key}=1"])
     assert str(refused.value).endswith(f"unknown key {key}; the nearest known one is {nearest}")
+
+
+def test_a_section_that_is_off_is_switched_on_by_any_of_its_keys(pipeline):
+    path = pipeline("train: {lora: null}\n")
+    assert load_config(path).train.lora is None
+    assert load_config(path, ["train.lora={}"]).train.lora == LoraConfig()
+    assert load_config(path, ["train.lora.rank=8"]).train.lora == LoraConfig(rank=8)
 
 
 def test_an_unknown_key_in_the_file_is_refused_too(pipeline):
