@@ -53,6 +53,25 @@ def test_two_ranks_one_rank_two_ranks(demo_store: Path, train_cases: Callable[..
         assert not list((run / "checkpoints").glob(".*"))
 
 
+LORA = ["train.lora.rank=4", "train.lora.target_modules=[q_proj,down_proj]"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adapters_go_on_with_another_number_of_ranks(
+    demo_store: Path, train_cases: Callable[..., Finished], tmp_path: Path, stage: int
+):
+    """A checkpoint holds what is trained only."""
+    run = tmp_path / "run"
+    case = training(demo_store, run, stage, "float32", *LORA)
+    assert train_cases([case], 2).code == 0
+    expected = metrics_of(run)
+    remove_after(run, 6)
+    done = train_cases([case], 1)
+    assert done.code == 0, done.output
+    assert "is converted for 1 ranks" in done.output
+    assert [line["loss"] for line in metrics_of(run)] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_master_weights_are_the_same_bits_on_the_other_side(
     demo_store: Path, train_cases: Callable[..., Finished], tmp_path: Path, stage: int
