@@ -86,6 +86,8 @@ def find_pretrained(name: str, revision: str | None = None, trust_remote_code: b
     if not folder.is_dir():
         folder, revision = _fetch(name, revision, [*_HUB_PATTERNS, "*.py"] if trust_remote_code else _HUB_PATTERNS)
     files = PretrainedFiles(name, revision, folder, trust_remote_code)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{name}: expected a model, found a LoRA adapter: train.lora.export=merged writes a model")
     if not (folder / "config.json").is_file():
         raise UserError(f"{name}: expected a model folder with config.json, found none")
     missing = [file.name for file in files.weight_files() if not file.is_file()]

@@ -3,7 +3,8 @@
 usage: run_gradients.py PIPELINE PLAN.json
 
 PLAN.json: `engines`, lists of overrides, an engine for each; `cases`, pairs of overrides and the safetensors file with
-the reference gradients, each run with every engine; `output`, the JSON to write. AdamW with beta1 = 0 keeps as its
+the reference gradients, each run with every engine; `output`, the JSON to write; `adapters`, if LoRA is to begin with
+the values of a safetensors file: where its B is zero, A has no gradient. AdamW with beta1 = 0 keeps as its
 first moment the very gradient that it is given, and a learning rate of 0 leaves the weights for the next case.
 """
 
@@ -27,6 +28,8 @@ def main() -> None:
 
     pipeline, plan = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
     world = meet()
+    if "adapters" in plan:
+        begin_with(plan["adapters"])
     found = []
     for engine in plan["engines"]:
         first, _ = plan["cases"][0]
@@ -43,6 +46,22 @@ def main() -> None:
     torch.distributed.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)
+
+
+def begin_with(adapters: str) -> None:
+    """Make LoRA begin with given values."""
+    from safetensors.torch import load_file
+
+    from stage2_train import engine
+
+    add_lora = engine.add_lora
+
+    def add(model: Any, *arguments: Any) -> None:
+        add_lora(model, *arguments)
+        _, unexpected = model.load_state_dict(load_file(adapters), strict=False)
+        assert not unexpected
+
+    engine.add_lora = add
 
 
 def gradients_of(trainer: Any, job: Any) -> tuple[float, dict[str, Any]]:
@@ -66,6 +85,7 @@ def gradients_of(trainer: Any, job: Any) -> tuple[float, dict[str, Any]]:
     gradients = {
         name: safe_get_full_optimizer_state(parameter, "exp_avg").clone()
         for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
     }
     return totals.loss, gradients
 

@@ -56,6 +56,12 @@ def test_pickled_weights_are_refused_and_not_run(copied: Path, tmp_path: Path, n
     assert marker.exists()  # the trap works
 
 
+def test_an_adapter_is_no_model(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"found a LoRA adapter: train.lora.export=merged writes a model"):
+        find_pretrained(str(tmp_path))
+
+
 def test_code_that_comes_with_a_model_does_not_run(copied: Path, tmp_path: Path):
     marker = tmp_path / "code was run"
     (copied / "modeling_custom.py").write_text(f"open({str(marker)!r}, 'w').close()\nclass Custom: ...\n")

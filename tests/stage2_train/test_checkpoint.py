@@ -33,16 +33,14 @@ class Engine:
         self.checkpoint_engine = _SafeCheckpointEngine()
         self.value = value
 
-    def save_checkpoint(
-        self, folder: str, tag: str, client_state: dict, save_latest: bool, exclude_frozen_parameters: bool
-    ) -> None:
+    def save_checkpoint(self, folder: str, tag: str, **_: Any) -> None:
         place = Path(folder) / tag
         place.mkdir()
         for name in ("model.pt", "optimizer.pt"):
             self.checkpoint_engine.save({"value": torch.tensor(self.value)}, str(place / name))
         (Path(folder) / "zero_to_fp32.py").write_text("print('hello')")
 
-    def load_checkpoint(self, folder: str, tag: str, custom_load_fn: Any) -> tuple[str, dict]:
+    def load_checkpoint(self, folder: str, tag: str, **_: Any) -> tuple[str, dict]:
         loaded = [self.checkpoint_engine.load(str(Path(folder) / tag / name)) for name in ("model.pt", "optimizer.pt")]
         self.value = float(loaded[0]["value"])
         return folder, {}

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from shared.head import Float32Head, LogitTransform
 from shared.statistics import token_statistics
@@ -161,3 +162,21 @@ def test_without_gradients_none_are_made():
     frozen_head.backward()
     assert hidden.grad is not None
     assert head.weight.grad is None
+
+
+def added_product(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def test_a_frozen_head_takes_two_products_of_three():
+    """What LoRA leaves as it is has no gradient, and none is worked out."""
+    counts = {}
+    for frozen in (False, True):
+        head, (hidden, targets, weights) = make_head(torch.float32), inputs(50, torch.float32)
+        head.requires_grad_(not frozen)
+        hidden.requires_grad_()
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
+            total, _, _ = weighted_cross_entropy(head, hidden, targets, given(weights), PLAIN, 7 * V * 4)
+            total.backward()
+        counts[frozen] = counter.get_total_flops()
+    assert counts == {False: 3 * 2 * 50 * V * D, True: 2 * 2 * 50 * V * D}
