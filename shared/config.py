@@ -350,6 +350,10 @@ class TrainConfig(_Strict):
     resume: str = "auto"
     """`auto`: from the newest checkpoint of `train.output`. `never`: refuse a folder that holds a run. Else the
     path of a checkpoint."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """What else gets each line of metrics.jsonl and eval.jsonl: tensorboard, wandb (the extra `tracking`)."""
+    tracking_project: str = Field(default="prift", min_length=1)
+    """wandb: the project that the run stands in."""
     deepspeed: dict[str, Any] = {}
     """DeepSpeed's own config, passed on verbatim but for the keys that the trainer writes."""
 
@@ -373,6 +377,8 @@ class TrainConfig(_Strict):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
+        if len(set(self.trackers)) != len(self.trackers):
+            raise ValueError(f"train.trackers must hold each name once; got {list(self.trackers)}")
         if self.schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1:
             raise ValueError(
                 f"train.warmup_ratio={self.warmup_ratio} and train.decay_ratio={self.decay_ratio} make more than 1"

@@ -21,10 +21,11 @@ from stage2_train.lora import require_peft
 from stage2_train.metrics import metrics_path
 from stage2_train.plan import Bounds, MicroBatch, Plan, deal, make_plan
 from stage2_train.preflight import refuse_other_tokenizer
+from stage2_train.tracking import refuse_missing_trackers
 
 _FREE_TO_CHANGE = {
     "output", "cache_dir", "eval_scores", "eval_steps", "checkpoint_steps", "keep_checkpoints", "resume", "scores",
-    "nll_every", "max_nonfinite_steps", "timeout_seconds",
+    "nll_every", "max_nonfinite_steps", "timeout_seconds", "trackers", "tracking_project",
 }  # fmt: skip
 """Settings that a resumed run may change: they do not touch the numbers."""
 
@@ -88,6 +89,7 @@ def prepare(config: Config) -> Job:
         raise UserError("expected train.scores, the score store to train from; got none")
     if train.lora is not None:
         require_peft()
+    refuse_missing_trackers(train.trackers)
     weighting = resolve_weighting(train)
     if num_ranks() % train.sequence_parallel:
         raise UserError(

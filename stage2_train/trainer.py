@@ -34,6 +34,7 @@ from stage2_train.probe import probe_nll, refuse_other_loss
 from stage2_train.setup import Job, resolve_dtype, zero_stage
 from stage2_train.step import StepTotals, accumulate_gradients, weigh_step
 from stage2_train.step_loader import StepLoader
+from stage2_train.tracking import track
 from stage2_train.weigh import StepWeigher
 
 
@@ -59,7 +60,9 @@ class Trainer:
         Raises:
             Stopped: a signal came to any rank; a checkpoint of the last step made is there.
         """
-        with stop_switch(STOP_SIGNALS, self.stop):
+        done = self.saved_step if self.job.checkpoints else None
+        tracking = track(self.config, self.job.output, done, self.world.rank == 0)
+        with stop_switch(STOP_SIGNALS, self.stop), tracking as self.trackers:
             self._train()
         self.loader.close()
         export_model(self.engine, self.model, self.job)
@@ -77,6 +80,7 @@ class Trainer:
             for step in range(done + 1, num_steps + 1):
                 metrics, is_stopping = self._step(step)
                 progress.record(metrics)
+                self.trackers.record(asdict(metrics))
                 if step == num_steps or step % self.config.checkpoint_steps == 0:
                     self._save(step)
                 if is_stopping or self._evaluate(step):
@@ -171,6 +175,7 @@ class Trainer:
                 return True
             if self.world.rank == 0:
                 append_line(eval_path(self.job.output), asdict(result))
+                self.trackers.record_evaluation(asdict(result))
                 supported = "none" if result.nll_supported is None else f"{result.nll_supported:.4f}"
                 print(f"evaluation after step {step} on {name}: nll {result.nll:.4f}, of supported targets {supported}")
         return False
