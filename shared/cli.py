@@ -30,12 +30,14 @@ def exit_code_of(command: Callable[[], None], program: str) -> int:
         return _report(f"{program}: {error}", CHECK_FAILED)
     except KeyboardInterrupt:
         # All ranks of a training stop together, and a grace period is short: no rank waits to speak.
-        if os.environ.get("RANK", "0") == "0":
+        if not _rank():
             _report(f"{program}: stopped; the same command goes on from the last finished shard or checkpoint", STOPPED)
         return STOPPED
     except LostRank as error:
-        # The one that is lost may have had a reason of its own, and exits with its code: it comes first.
-        time.sleep(_SECONDS_FOR_THE_FIRST)
+        # The one that is lost may have had a reason of its own, and exits with its code: it comes first, also where
+        # this is rank 0, which waits for nobody else.
+        if not _rank():
+            time.sleep(_SECONDS_FOR_THE_FIRST)
         return _report(f"{program}: {error}", FAILED)
     except (UserError, OSError) as error:
         mistake = mistake_in_words(error)
@@ -56,11 +58,14 @@ def mistake_in_words(error: Exception) -> str | None:
 
 def _report(message: str, code: int) -> int:
     """Print a message once per job: ranks other than 0 hold back while rank 0, which meets the same, speaks."""
-    rank = int(os.environ.get("RANK", "0"))
-    if rank:
+    if rank := _rank():
         # The launcher ends the other ranks when rank 0 exits; whoever is still there has met something of its own.
         time.sleep(_SECONDS_FOR_THE_FIRST)
         message = f"[rank {rank}] {message}"
     sys.stdout.flush()  # what was said before the error must not come after it in a log
     print(message, file=sys.stderr, flush=True)
     return code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

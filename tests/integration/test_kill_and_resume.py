@@ -90,6 +90,15 @@ def test_a_run_stopped_before_its_first_checkpoint_is_not_overwritten_by_another
     assert metrics_of(tmp_path / "run") == written
 
 
+def test_deterministic_operations_suffice_and_change_nothing_on_a_cpu(demo_store: Path, pipeline: Path, tmp_path: Path):
+    """torch raises where an operation has no deterministic form."""
+    for name in ("true", "false"):
+        case = [*training(demo_store, tmp_path / name, 1), "train.max_steps=3", f"train.deterministic={name}"]
+        done = finish([sys.executable, "stage2_train/train.py", str(pipeline), *case])
+        assert done.code == 0, done.output
+    assert metrics_of(tmp_path / "true") == metrics_of(tmp_path / "false")
+
+
 def test_a_full_disk_ends_the_run_with_one_line_and_a_rerun_goes_on(demo_store: Path, pipeline: Path, tmp_path: Path):
     """A limit on the size of a file stands in for the full disk."""
     run = tmp_path / "run"
