@@ -1,7 +1,7 @@
 """What is in metrics.jsonl and eval.jsonl, also to TensorBoard and Weights & Biases: the one place that knows either.
 
-Neither goes through accelerate.tracking, whose trackers raise on every call unless the process keeps accelerate's own
-state of the process group.
+Neither goes through accelerate.tracking: W&B's tracker there raises unless the process keeps accelerate's own state of
+ranks and device, and TensorBoard's creates that state, which here is DeepSpeed's business, and cannot purge on resume.
 """
 
 import importlib.util

@@ -173,3 +173,11 @@ def test_logits_are_larger_on_cuda_unless_told():
     config = Config().score
     assert (config.logits_bytes("cpu"), config.logits_bytes("cuda")) == (64 << 20, 1024 << 20)
     assert Config.model_validate({"score": {"logits_mebibytes": 3}}).score.logits_bytes("cuda") == 3 << 20
+
+
+@pytest.mark.parametrize(
+    ("trackers", "message"),
+    [(("wandb", "wandb"), "each name once; got"), (("csv",), "'tensorboard' or 'wandb'")],
+)
+def test_trackers_are_known_and_named_once(trackers: tuple[str, ...], message: str):
+    assert message in refusal({"train": {"trackers": trackers}})
