@@ -8,7 +8,7 @@ from stage2_train.batch import BatchForm
 from stage2_train.distributed import World
 from stage2_train.lora import count_parameters, target_names
 from stage2_train.metrics import metrics_path
-from stage2_train.preflight import stop_token_warning
+from stage2_train.outlook import describe, warnings_of, weight_outlook
 from stage2_train.setup import Job, resolve_dtype, write_config
 
 
@@ -34,9 +34,10 @@ def announce(job: Job, world: World, form: BatchForm, model: Any) -> None:
     print(_trained(model, config), flush=True)
     if stage == 0:
         print("ZeRO stage 0 runs as stage 1: in DeepSpeed 0.19 stage 0 misses the first step's bias correction")
-    warning = stop_token_warning(cache, job.weighting)
-    if warning:
-        print(warning, flush=True)
+    if outlook := weight_outlook(cache, job.weighting):
+        print(f"{describe(outlook)}: about {outlook.effective_share * num_targets:,.0f} in step 1", flush=True)
+        for warning in warnings_of(outlook, job.weighting):
+            print(warning, flush=True)
 
 
 def _trained(model: Any, config: TrainConfig) -> str:

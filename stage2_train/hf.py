@@ -27,7 +27,8 @@ from shared.head import vocab_rows
 from shared.statistics import token_statistics
 from shared.weighting import TargetStatistics, resolve_weighting
 from stage2_train.cache import CachedRow, open_cache
-from stage2_train.preflight import refuse_other_tokenizer, refuse_small_vocabulary, stop_token_warning
+from stage2_train.outlook import warnings_of, weight_outlook
+from stage2_train.preflight import refuse_other_tokenizer, refuse_small_vocabulary
 
 _NO_TARGET = -100
 """The libraries' label of a token that is not trained on."""
@@ -116,9 +117,9 @@ class ScoreStore:
         if tokenizer is not None:
             refuse_other_tokenizer(tokenizer, manifest, self._cache.store, name)
             arguments["processing_class"] = tokenizer
-        warning = stop_token_warning(self._cache, self._weighting)
-        if warning is not None:
-            warnings.warn(warning.removeprefix("WARNING: "), stacklevel=2)
+        if outlook := weight_outlook(self._cache, self._weighting):
+            for warning in warnings_of(outlook, self._weighting):
+                warnings.warn(warning.removeprefix("WARNING: "), stacklevel=2)
         return arguments
 
     def loss(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:

@@ -1,23 +1,19 @@
-"""Checks before and at the first step: that weights belong to tokens, and that the user knows what they do."""
+"""Checks before and at the first step: that weights belong to tokens."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from shared.errors import UserError
 from shared.pretrained import tokenizer_content
 from shared.score_store import Manifest
-from shared.weighting import TargetStatistics, Weighting
 from stage2_train.cache import ScoreCache
 
 _LARGEST_MEAN_DIFFERENCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5}
 """Mean over a row's targets of |stored logprob - logprob|, nats. float32 rounding gives 1e-4, bfloat16 up to 0.2 on
 single tokens; columns that belong to other tokens are off by several nats."""
-
-_WARN_BELOW = 0.1
 
 
 def refuse_other_tokenizer(tokenizer: Any, manifest: Manifest, store: Path, model_name: str) -> None:
@@ -70,24 +66,3 @@ def refuse_misaligned(
             f"{difference_R[worst]:.4f} nats apart (mean), more than {largest}: the scores "
             "belong to other tokens, or this is no longer the model that scored"
         )
-
-
-def stop_token_warning(cache: ScoreCache, weighting: Weighting, most_targets: int = 1_000_000) -> str | None:
-    """A warning where the prior hardly supports stop tokens, so that the model may not learn to stop; else None."""
-    if weighting.source != "prior" or weighting.rule == "sft" or weighting.stop_token_weight is not None:
-        return None
-    ids = torch.from_numpy(cache.target_ids(most_targets).astype(np.int64))
-    is_stop_N = torch.isin(ids, torch.tensor(cache.manifest.stop_token_ids, dtype=torch.int64))
-    if not is_stop_N.any():
-        return None
-    columns = {name: torch.from_numpy(np.array(cache.columns[name][: len(ids)])) for name in weighting.columns}
-    row_nll_R = -columns["logprob"].mean()[None] if weighting.needs_row_nll else None
-    weights_N = weighting.weights(TargetStatistics(columns, row_nll_R), is_stop_N)
-    of_stops, of_all = float(weights_N[is_stop_N].mean()), float(weights_N.mean())
-    if of_stops >= _WARN_BELOW:
-        return None
-    return (
-        f"WARNING: stop tokens get a mean weight of {of_stops:.4f} (all targets: {of_all:.4f}) over the first "
-        f"{len(ids):,} targets: the prior hardly supports them, and the model may not learn to stop. "
-        "train.weighting.stop_token_weight=1 gives them full weight"
-    )

@@ -1,4 +1,4 @@
-"""Warnings and refusals around weights."""
+"""Refusals of weights that belong to other tokens."""
 
 from pathlib import Path
 
@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from shared.errors import UserError
-from shared.weighting import Weighting
 from stage2_train.cache import open_cache
-from stage2_train.preflight import refuse_misaligned, stop_token_warning, stored_logprobs
+from stage2_train.preflight import refuse_misaligned, stored_logprobs
 
 
 def test_the_model_must_agree_row_by_row(scored_store: Path, tmp_path: Path):
@@ -28,20 +27,3 @@ def test_stored_logprobs_are_those_of_the_targets(scored_store: Path, tmp_path: 
         row = cache.row(index)
         assert np.array_equal(np.flatnonzero(~np.isnan(stored)), row.target_positions)
         assert np.array_equal(stored[row.target_positions], row.statistics["logprob"])
-
-
-def test_stop_tokens_without_support_are_told_of(scored_store: Path, tmp_path: Path):
-    """The warning follows the weights that the rule gives to the stop tokens of this very store."""
-    cache = open_cache(scored_store, ("logprob",), tmp_path)
-    (eos,) = cache.manifest.stop_token_ids
-    prob = Weighting("prob", "prior", {}, None, None)
-    assert stop_token_warning(cache, prob) is None, "the demo's prior knows where a text ends"
-    # A prior that does not.
-    cache.columns["logprob"] = np.where(cache.target_ids(10**6) == eos, -8.0, cache.columns["logprob"])
-    warning = stop_token_warning(cache, prob)
-    assert warning is not None
-    assert "mean weight of 0.0003" in warning
-    assert "stop_token_weight=1" in warning
-    assert stop_token_warning(cache, Weighting("prob", "prior", {}, None, 1.0)) is None
-    assert stop_token_warning(cache, Weighting("prob", "online", {}, None, None)) is None
-    assert stop_token_warning(cache, Weighting("sft", "prior", {}, None, None)) is None
