@@ -158,7 +158,8 @@ def load_newest(engine: Any, folders: list[Path], world: World) -> Path:
             _load_converted(engine, folder, world)
             return folder
     raise UserError(
-        f"{folders[0].parent}: expected a whole checkpoint, but all of {len(folders)} are damaged: remove the folder "
+        f"{folders[0].parent}: expected a whole checkpoint, but {', '.join(folder.name for folder in folders)} "
+        "is damaged, and no other was to be tried: give train.resume=auto, or, where none is whole, remove the folder "
         "to start over"
     )
 
@@ -207,9 +208,12 @@ def _frozen(module: torch.nn.Module) -> set[str]:
 
 def _damaged_files(folder: Path, world: World) -> int:
     """How many files are not what the manifest says, each hashed by one of the ranks."""
-    files = read_state(folder).files
-    mine = sorted(files)[world.rank :: world.size]
-    damaged = sum(_entry_or_none(folder / name) != files[name] for name in mine)
+    try:
+        files = read_state(folder).files
+        mine = sorted(files)[world.rank :: world.size]
+        damaged = sum(_entry_or_none(folder / name) != files[name] for name in mine)
+    except UserError:
+        damaged = 1  # it was whole when this rank looked at it alone
     return int(world.all_reduce(torch.tensor(float(damaged), device=world.device)))
 
 

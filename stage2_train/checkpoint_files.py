@@ -89,9 +89,11 @@ def prune_checkpoints(run: Path, keep: int) -> None:
 
 
 def remove_checkpoints_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of later steps."""
+    """Remove the checkpoints of later steps, damaged ones too; `LATEST` names that step's."""
+    newest = checkpoint_folder(run, step)
+    _write_latest(newest)
     for folder in _checkpoints(run):
-        if folder.name > checkpoint_folder(run, step).name:
+        if folder.name > newest.name:
             remove(folder)
 
 
@@ -142,11 +144,16 @@ def commit(temporary: Path, folder: Path, state: TrainerState) -> UserError | No
         sync_tree(temporary)
         temporary.replace(folder)
         sync_entry(folder.parent)
-        with replacing(folder.parent / _LATEST_NAME) as latest:
-            latest.write_text(folder.name + "\n", encoding="utf-8")
+        _write_latest(folder)
     except OSError as error:
         return UserError(f"{folder}: the checkpoint cannot be written ({error}); older ones are as they were")
     return None
+
+
+def _write_latest(folder: Path) -> None:
+    """For people and other programs; resuming looks at the folders themselves."""
+    with replacing(folder.parent / _LATEST_NAME) as latest:
+        latest.write_text(folder.name + "\n", encoding="utf-8")
 
 
 def entry_of(path: Path) -> list:

@@ -155,7 +155,8 @@ def _wrapped(name: str) -> str:
 
 
 def _mean(series) -> float:
-    return float(series.mean())
+    """Of what there is; NaN where there is nothing."""
+    return float(series.mean()) if series.is_not_null().any() else float("nan")
 
 
 def _median(series) -> float:

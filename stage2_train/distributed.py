@@ -51,6 +51,13 @@ class World:
             torch.distributed.all_reduce(flags, group=self.patient_group)
         return float(flags) > 0
 
+    def of_rank_0(self, names: list[str]) -> list[str]:
+        """Rank 0's list, on all ranks."""
+        listed = [names]
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(listed, src=0, group=self.patient_group)
+        return listed[0]
+
     def wait_for_all(self) -> None:
         """Wait until all ranks are here, however long one of them works."""
         self.any_in_its_time(False)

@@ -53,7 +53,6 @@ def evaluate(
         forward: nll_N of a micro-batch, without gradient.
         bounds: of micro-batches; bounds on examples and on their order are those of a training step, and left out.
     """
-    rows = np.arange(len(cache))
     bounds = replace(bounds, max_examples=None, keep_groups=False)
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     for start in range(0, len(cache), _ROWS_AT_ONCE):

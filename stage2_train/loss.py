@@ -70,34 +70,37 @@ class WeightedLM(nn.Module):
         self.model = model
         self._max_logits_bytes, self._offload_activations = max_logits_bytes, offload_activations
 
-    def forward(self, tokens: TokenBatch, weights: Weights) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted loss of a micro-batch, not normalised.
+    def forward(self, tokens: TokenBatch, weights: Weights, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted loss of a micro-batch.
 
         A micro-batch without targets gives a sum of 0 that still reaches every parameter, so that a rank with
         nothing to add takes part in every collective.
 
+        Args:
+            scale: what the sum is multiplied by, such as 1 / targets of the step.
+
         Returns:
-            The sum of weight * nll with its graph; nll in nats and weight of the targets that went through the head,
-            detached: with given weights the K kept, then the M watched ones, with online weights all N in order.
+            The sum of scale * weight * nll with its graph; nll in nats and weight of the targets that went through the
+            head, detached: with given weights the K kept, then the M watched ones, with online weights all N in order.
         """
         with save_on_cpu(tokens.input_ids_BT.is_cuda) if self._offload_activations else nullcontext():
             hidden_BTD = hidden_states(self.model, tokens.input_ids_BT, tokens.boundaries)
         hidden_rows_D = hidden_BTD.flatten(0, 1)
         head = self.model.get_output_embeddings()
         if isinstance(weights, OnlineWeights):
-            task = self._online(tokens.target_ids_N, weights)
+            task = self._online(tokens.target_ids_N, weights, scale)
             return head(hidden_rows_D[tokens.hidden_rows_N], task)
         watched_MD = hidden_rows_D.detach()[tokens.hidden_rows_N[weights.watched_M]]
-        task = self._given(tokens.target_ids_N, weights, watched_MD)
+        task = self._given(tokens.target_ids_N, weights, watched_MD, scale)
         return head(hidden_rows_D[tokens.hidden_rows_N[weights.kept_K]], task)
 
-    def _given(self, target_ids_N: Tensor, weights: GivenWeights, watched_MD: Tensor) -> Callable:
+    def _given(self, target_ids_N: Tensor, weights: GivenWeights, watched_MD: Tensor, scale: float) -> Callable:
         settings = logit_transform(self.model), self._max_logits_bytes
 
         def task(head: Float32Head, kept_KD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             kept_ids_K, watched_ids_M = target_ids_N[weights.kept_K], target_ids_N[weights.watched_M]
             total, nll_K, weights_K = weighted_cross_entropy(
-                head, kept_KD, kept_ids_K, lambda _, part: weights.weights_K[part], *settings
+                head, kept_KD, kept_ids_K, lambda _, part: weights.weights_K[part], *settings, scale
             )
             zeros_M = weights.weights_K.new_zeros(len(watched_MD))
             with torch.no_grad():
@@ -108,12 +111,12 @@ class WeightedLM(nn.Module):
 
         return task
 
-    def _online(self, target_ids_N: Tensor, weights: OnlineWeights) -> Callable:
+    def _online(self, target_ids_N: Tensor, weights: OnlineWeights, scale: float) -> Callable:
         def weigh(logits_nV: Tensor, part: slice) -> Tensor:
             return weights.weigh(token_statistics(logits_nV, target_ids_N[part], weights.columns), part)
 
         def task(head: Float32Head, hidden_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            transform = logit_transform(self.model)
-            return weighted_cross_entropy(head, hidden_ND, target_ids_N, weigh, transform, self._max_logits_bytes)
+            settings = logit_transform(self.model), self._max_logits_bytes
+            return weighted_cross_entropy(head, hidden_ND, target_ids_N, weigh, *settings, scale)
 
         return task

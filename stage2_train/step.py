@@ -72,17 +72,17 @@ def accumulate_gradients(
     """
     sums = torch.zeros(8 + num_rows, dtype=torch.float64, device=world.device)
     for part in weighed:
-        weighted_sum, nll, weights = engine(part.batch.tokens, part.weights)
-        loss = weighted_sum * part.scale
+        loss, nll, weights = engine(part.batch.tokens, part.weights, part.scale)
         # DeepSpeed averages gradients over ranks; the loss is a sum over them.
         engine.backward(loss * world.size, scale_wrt_gas=False)
         nll, is_kept = nll.double(), weights != 0
         numbers = (
             loss.detach().double(), weights.sum(dtype=torch.float64), is_kept.sum().double(), (nll * is_kept).sum(),
-            (~is_kept).sum().double(), (nll * ~is_kept).sum(), sums.new_tensor(part.batch.num_tokens),
+            (~is_kept).sum().double(), (nll * ~is_kept).sum(),
         )  # fmt: skip
-        sums[:7] += torch.stack(numbers)
+        sums[:6] += torch.stack(numbers)
         sums[8:].index_add_(0, part.weights.of_seen(part.batch.places_N), nll)
+    sums[6] = float(sum(part.batch.num_tokens for part in weighed))
     sums[7] = float(stop.is_pressed)
     numbers = world.all_reduce(sums).cpu().numpy()
     loss, weight_sum, num_kept, kept_nll, num_watched, watched_nll, num_tokens, num_stopping = numbers[:8].tolist()

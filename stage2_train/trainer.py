@@ -50,9 +50,10 @@ class Trainer:
         self.guard = NonFiniteGuard(self.config.max_nonfinite_steps, self._row_ids, self._say)
         self.stop = StopSwitch("saving a checkpoint, then stopping" if world.rank == 0 else "", insists=False)
         self.engine.train()
-        self.saved_step = 0
-        if job.checkpoints:
-            self.saved_step = self._resume()
+        # Ranks may see a shared folder in different states: what is tried, and in which order, rank 0 says.
+        names = world.of_rank_0([folder.name for folder in job.checkpoints])
+        self.is_resumed = bool(names)
+        self.saved_step = self._resume(names) if names else 0
 
     def run(self) -> None:
         """Train to the last step, evaluate, and export the model; called by all ranks.
@@ -60,7 +61,7 @@ class Trainer:
         Raises:
             Stopped: a signal came to any rank; a checkpoint of the last step made is there.
         """
-        done = self.saved_step if self.job.checkpoints else None
+        done = self.saved_step if self.is_resumed else None
         tracking = track(self.config, self.job.output, done, self.world.rank == 0)
         with stop_switch(STOP_SIGNALS, self.stop), tracking as self.trackers:
             self._train()
@@ -73,7 +74,7 @@ class Trainer:
         if self.world.rank == 0:
             cut_after(metrics_path(self.job.output), done)
             # A run that starts over evaluates before its first step again.
-            cut_after(eval_path(self.job.output), done if self.job.checkpoints else -1)
+            cut_after(eval_path(self.job.output), done if self.is_resumed else -1)
         if self._evaluate(done):
             raise Stopped
         with TrainingProgress(self.job.output, done + 1, num_steps, self.world.rank == 0) as progress:
@@ -97,7 +98,7 @@ class Trainer:
         loaded, waited = self.loader.get(step)
         rows = loaded.rows
         # Dropout, where a model has it, is a function of step and rank: a resumed run draws the same.
-        torch.manual_seed((self.config.seed * 1_000_003 + step) * 65_537 + self.world.rank)
+        torch.manual_seed(((self.config.seed * 1_000_003 + step) * 65_537 + self.world.rank) % 2**63)
         weighed = weigh_step(step, loaded, self.weigher, self.engine, self.world)
         if step == 1 and self.job.starts_from_prior:
             self._refuse_misaligned(rows, [part.batch for part in weighed])
@@ -192,11 +193,12 @@ class Trainer:
         if self.world.rank == 0:
             prune_checkpoints(self.job.output, self.config.keep_checkpoints)
 
-    def _resume(self) -> int:
-        """Load the checkpoint; returns the step after which it was saved."""
+    def _resume(self, names: list[str]) -> int:
+        """Load the first whole checkpoint of a list; returns the step after which it was saved."""
         for problem in self.job.damaged:
             self._say(f"WARNING: {problem}: passed over")
-        folder = load_newest(self.engine, self.job.checkpoints, self.world)
+        folders = [self.job.output / "checkpoints" / name for name in names]
+        folder = load_newest(self.engine, folders, self.world)
         state = read_state(folder)
         self.guard.num_steps = state.num_nonfinite_steps
         refuse_other_loss(state.probe_nll, self._probe(state.step), resolve_dtype(self.config), folder)

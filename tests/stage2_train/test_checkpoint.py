@@ -136,7 +136,7 @@ def test_a_file_that_was_added_makes_a_checkpoint_damaged(tmp_path: Path):
 def test_none_whole_is_the_users_to_decide(tmp_path: Path):
     (only,) = saved(tmp_path, 1)
     flip(only / "deepspeed" / "model.pt")
-    with pytest.raises(UserError, match="all of 1 are damaged: remove the folder to start over"):
+    with pytest.raises(UserError, match="but step-0000001 is damaged, and no other was to be tried"):
         load_newest(Engine(), [only], WORLD)
 
 

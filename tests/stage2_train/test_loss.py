@@ -36,7 +36,9 @@ def test_loss_and_gradients_equal_the_models_own_logits(scored_store: Path, tmp_
     """Targets of weight zero do not go through the head, but for those that are watched."""
     cache = open_cache(scored_store, (), tmp_path)
     padded, batch = (make_batch(cache, np.arange(8), (0, 3, 5), (), BatchForm(form)) for form in (False, packed))
-    weights_N = torch.rand(batch.num_targets) * (torch.rand(batch.num_targets) > 0.4)
+    random = torch.Generator().manual_seed(0)
+    weights_N = torch.rand(batch.num_targets, generator=random)
+    weights_N *= torch.rand(batch.num_targets, generator=random) > 0.4
     weights = given(weights_N, (weights_N == 0).nonzero()[::3, 0].tolist())
     ours, theirs = tiny_model(tie_word_embeddings=tied), tiny_model(tie_word_embeddings=tied)
     prepare_head(ours)
@@ -51,7 +53,7 @@ def test_loss_and_gradients_equal_the_models_own_logits(scored_store: Path, tmp_
     torch.testing.assert_close(nll, weights.of_seen(expected_N.detach()))
     assert torch.equal(returned, weights.of_seen(weights_N))
     for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad, msg=name, rtol=1e-4, atol=1e-6)
+        assert (one.grad - other.grad).norm() < 1e-5 * other.grad.norm(), name
 
 
 def test_online_statistics_reach_the_weights(scored_store: Path, tmp_path: Path):

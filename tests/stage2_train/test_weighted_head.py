@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from shared.head import Float32Head, LogitTransform
 from shared.statistics import token_statistics
@@ -66,22 +66,29 @@ def test_loss_and_gradients_are_exact_under_outer_scaling(chunk: int, num: int, 
         torch.testing.assert_close(found, -2.5 * expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("denominator", [4000, 4080, 3900])
 @pytest.mark.parametrize("num_chunks", [1, 5])
-def test_bfloat16_is_accumulated_in_float32(num_chunks: int):
-    """The products of bfloat16 operands are exact in float32; what is rounded is each gradient once, and d logits."""
+def test_bfloat16_is_accumulated_in_float32(num_chunks: int, denominator: int):
+    """The products of bfloat16 operands are exact in float32; what is rounded is each gradient once, and d logits.
+
+    1 / 4080 and 1 / 3900 lie between two bfloat16 numbers: rounded to one, they would scale all gradients by 0.4 %.
+    """
     head, (hidden, targets, weights) = make_head(torch.bfloat16), inputs(4000, torch.bfloat16)
     hidden.requires_grad_()
     chunk = (len(targets) // num_chunks) * V * 4
-    total, nll, _ = weighted_cross_entropy(head, hidden, targets, given(weights), PLAIN, chunk)
-    (total / 4000).backward()
+    scale = 1 / denominator
+    total, nll, _ = weighted_cross_entropy(head, hidden, targets, given(weights), PLAIN, chunk, scale)
+    total.backward()
     assert total.dtype == nll.dtype == torch.float32
     loss, expected_nll, gradients = reference(head, hidden, targets, weights, PLAIN)
     torch.testing.assert_close(nll.double(), expected_nll.detach(), rtol=1e-5, atol=1e-5)
-    assert total.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert total.item() == pytest.approx(loss.item() * scale, rel=1e-5)
     for found, expected in zip((hidden.grad, head.weight.grad), gradients, strict=True):
         assert found.dtype == torch.bfloat16
-        error = (found.double() * 4000 - expected).norm() / expected.norm()
+        error = (found.double() / scale - expected).norm() / expected.norm()
         assert error < 2**-8
+        common = float((found.double() / scale * expected).sum() / expected.square().sum())
+        assert common == pytest.approx(1, abs=5e-4), "all gradients are off alike"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -162,6 +169,15 @@ def test_without_gradients_none_are_made():
     frozen_head.backward()
     assert hidden.grad is not None
     assert head.weight.grad is None
+
+
+def test_where_gradients_are_switched_off_a_head_in_training_has_none_worked_out():
+    """As for targets that are only watched, and in evaluations: one product of three."""
+    head, (hidden, targets, weights) = make_head(torch.float32), inputs(50, torch.float32)
+    hidden.requires_grad_()
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flop}) as counter, torch.no_grad():
+        weighted_cross_entropy(head, hidden, targets, given(weights), PLAIN, 7 * V * 4)
+    assert counter.get_total_flops() == 2 * 50 * V * D
 
 
 def added_product(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:
