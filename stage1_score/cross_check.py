@@ -234,13 +234,14 @@ def _rows_of_shard(shard: Shard, wanted: np.ndarray, manifest: Manifest) -> Iter
         problems = row_problems(sample, manifest, shard)
         if problems:
             raise UserError(f"{problems[0]}; prift-inspect verify lists more")
-        yield from _scored_rows(sample, manifest.identity.columns)
+        yield from scored_rows(sample, manifest.identity.columns)
         first += table.num_rows
         if first > wanted[-1]:
             return
 
 
-def _scored_rows(table: pa.Table, columns: Sequence[str]) -> Iterator[ScoredRow]:
+def scored_rows(table: pa.Table, columns: Sequence[str]) -> Iterator[ScoredRow]:
+    """The rows of a table of a store; every invariant of the format holds."""
     ids = flatten(table.column("input_ids"))
     # Arrow's memory is read-only, and torch warns of such.
     ids_of_all = ids.values.copy()
