@@ -1,0 +1,134 @@
+"""What a merge of score stores is made of: which rows are whose, and what stands against it. Imports no torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from inspection.provenance import Span, differing_meanings, differing_sources, field_table, spans
+from shared.errors import UserError
+from shared.score_store import Manifest
+from shared.shards import Shard, open_store
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Rows of a store that a store before it holds too."""
+
+    rows: range
+    """Their source indices in the store."""
+    span: Span
+    holder: Path
+    """The store that they are kept from."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A store that is merged."""
+
+    store: Path
+    manifest: Manifest
+    shards: list[Shard]
+    first: int
+    """`source_index` of its row 0 in the new store."""
+    duplicates: list[Duplicates]
+
+
+def merged_manifest(manifests: Sequence[Manifest]) -> Manifest:
+    """The manifest of the new store: the first one's, but for the source and the recorded software."""
+    files = [
+        span.file.model_copy(update={"num_rows": span.num_rows})
+        for manifest in manifests
+        for span in spans(manifest.source)
+    ]
+    source = manifests[0].source.model_copy(update={"files": tuple(files), "limit": None})
+    software = joined([manifest.software for manifest in manifests])
+    return manifests[0].model_copy(update={"source": source, "software": software})
+
+
+def open_parts(stores: Sequence[Path]) -> list[Part]:
+    """Open the stores in their order, and find which rows of each are duplicates of rows in those before it."""
+    parts: list[Part] = []
+    # Of each file's content: how many of its first rows the stores so far hold, and which of them holds them.
+    held: dict[str, list[tuple[int, Path]]] = {}
+    first = 0
+    for store in stores:
+        manifest, shards = open_store(store)
+        own = spans(manifest.source)
+        duplicates = [found for span in own if (found := _duplicates(span, held.get(span.file.sha256, [])))]
+        parts.append(Part(store, manifest, shards, first, [each for found in duplicates for each in found]))
+        for span in own:
+            held.setdefault(span.file.sha256, []).append((span.num_rows, store))
+        first += manifest.source.num_rows
+    return parts
+
+
+def _duplicates(span: Span, held: Sequence[tuple[int, Path]]) -> list[Duplicates]:
+    """The rows of a span that the stores before hold, by which of them comes first."""
+    found, start = [], 0
+    for count, holder in held:
+        stop = min(count, span.num_rows)
+        if stop > start:
+            found.append(Duplicates(range(span.first + start, span.first + stop), span, holder))
+            start = stop
+    return found
+
+
+def refuse_other_meanings(parts: Sequence[Part]) -> None:
+    """Refuse stores whose numbers do not mean the same, with a table of the fields that differ."""
+    first = parts[0]
+    for part in parts[1:]:
+        pairs = differing_meanings(first.manifest, part.manifest)
+        # What was read of a row is recorded once for the whole source.
+        pairs += [
+            pair
+            for pair in differing_sources(first.manifest, part.manifest)
+            if pair[0] in ("source.format", "source.columns")
+        ]
+        if pairs:
+            table = field_table(pairs, str(first.store), str(part.store))
+            raise UserError(
+                f"stores of one meaning are merged, {part.store} is of another than {first.store}:\n{table}"
+            )
+
+
+def refuse_duplicates(parts: Sequence[Part]) -> None:
+    """Refuse stores that hold the same rows, naming the first."""
+    found = [(part, each) for part in parts for each in part.duplicates]
+    if found:
+        part, each = found[0]
+        count = sum(len(each.rows) for _, each in found)
+        raise UserError(
+            f"{part.store}: row {each.rows[0] - each.span.first} of {each.span.file.path} (sha256 "
+            f"{each.span.file.sha256[:12]}...) is in {each.holder} too; {count:,} rows are in more than one store: "
+            "--duplicates keep-first keeps each from the first store that has it"
+        )
+
+
+def refuse_repeated_ids(parts: Sequence[Part]) -> None:
+    """Refuse row ids of the user that two stores have, for different rows."""
+    import polars as pl
+
+    scans = []
+    for number, part in enumerate(parts):
+        if not any(shard.num_rows for shard in part.shards):
+            continue
+        scan = pl.scan_parquet([shard.path for shard in part.shards if shard.num_rows]).select("row_id", "source_index")
+        for each in part.duplicates:
+            scan = scan.filter(~pl.col("source_index").is_between(each.rows.start, each.rows.stop, closed="left"))
+        scans.append(scan.select("row_id", store=pl.lit(number)))
+    if not scans:
+        return
+    ids = pl.concat(scans).group_by("row_id").agg(pl.len(), pl.col("store").min(), last=pl.col("store").max())
+    repeated = ids.filter(pl.col("len") > 1).sort("store", "last", "row_id").head(1).collect(engine="streaming")
+    for row_id, _, one, other in repeated.iter_rows():
+        raise UserError(
+            f"row id {row_id!r} stands in {parts[one].store} and in {parts[other].store}, for rows of different data "
+            "files; row ids of the user must be unique: give the rows other ids and score again"
+        )
+
+
+def joined(described: Sequence[dict[str, str]]) -> dict[str, str]:
+    """The values of each name, those that differ joined by `and`."""
+    names = dict.fromkeys(name for each in described for name in each)
+    found = {name: dict.fromkeys(str(each[name]) for each in described if name in each) for name in names}
+    return {name: " and ".join(values) for name, values in found.items()}
