@@ -34,8 +34,6 @@ def run(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     if len(arguments.stores) < 2:
         raise UserError(f"expected two or more stores, got {arguments.stores[0]} alone")
-    if output.exists() or output.is_symlink():
-        raise UserError(f"{output}: expected a folder that is not there yet; remove it or name another")
 
     from inspection.merge_plan import (
         merged_manifest,
@@ -45,9 +43,11 @@ def run(arguments: argparse.Namespace) -> None:
         refuse_repeated_ids,
     )  # fmt: skip
     from inspection.merge_rows import write_merged
+    from inspection.reading import refuse_existing
     from shared.files import create_json, replacing
     from shared.score_store import MANIFEST_NAME
 
+    refuse_existing(output)
     parts = open_parts(arguments.stores)
     refuse_other_meanings(parts)
     if arguments.duplicates == "refuse":

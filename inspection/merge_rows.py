@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from inspection.merge_plan import Part, joined
+from inspection.reading import sound_tables
 from shared.errors import UserError
 from shared.score_store import Manifest
-from shared.shards import ScoredRow, Shard, dropped_path, read_batches, write_shard
-from shared.verify import row_problems
+from shared.shards import ScoredRow, Shard, dropped_path, write_shard
 from stage1_score.cross_check import scored_rows
 
 _Entry = tuple[int, ScoredRow | dict[str, Any]]
@@ -55,7 +54,7 @@ def _entries(part: Part) -> Iterator[_Entry]:
     """All rows of a store's source in order, numbered as in the new store, duplicates among the dropped."""
     columns = part.manifest.identity.columns
     for shard in part.shards:
-        rows = (row for table in _sound_tables(part, shard) for row in scored_rows(table, columns))
+        rows = (row for table in sound_tables(part.manifest, shard) for row in scored_rows(table, columns))
         scored: Iterator[_Entry] = ((row.source_index, _kept_or_listed(part, row)) for row in rows)
         listed: Iterator[_Entry] = ((row["source_index"], row) for row in _dropped(part, shard))
         for index, entry in heapq.merge(scored, listed, key=lambda it: it[0]):
@@ -64,15 +63,6 @@ def _entries(part: Part) -> Iterator[_Entry]:
                 yield number, replace(entry, source_index=number)
             else:
                 yield number, {**entry, "source_index": number}
-
-
-def _sound_tables(part: Part, shard: Shard) -> Iterator[pa.Table]:
-    """The row groups of a shard; what is written anew gets digests that fit, so damage has to show before."""
-    for table in read_batches(shard):
-        problems = row_problems(table, part.manifest, shard)
-        if problems:
-            raise UserError(f"{problems[0]}; prift-inspect verify lists more")
-        yield table
 
 
 def _kept_or_listed(part: Part, row: ScoredRow) -> ScoredRow | dict[str, Any]:

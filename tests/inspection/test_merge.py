@@ -225,7 +225,7 @@ def test_damage_is_not_passed_on(store, data_file, refusal, rewrite):
 def test_an_output_that_is_there_is_kept(store, data_file, merged, tmp_path: Path):
     parts = store("left", [data_file("a", 2)]), store("right", [data_file("b", 2)])
     (tmp_path / "out" / "merged").mkdir(parents=True)
-    with pytest.raises(UserError, match="expected a folder that is not there yet"):
+    with pytest.raises(UserError, match="expected nothing there yet"):
         merged(*parts)
     assert list((tmp_path / "out" / "merged").iterdir()) == []
 
