@@ -35,13 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     if len(arguments.stores) < 2:
         raise UserError(f"expected two or more stores, got {arguments.stores[0]} alone")
 
-    from inspection.merge_plan import (
-        merged_manifest,
-        open_parts,
-        refuse_duplicates,
-        refuse_other_meanings,
-        refuse_repeated_ids,
-    )  # fmt: skip
+    from inspection.merge_plan import merged_manifest, open_parts, refuse_what_cannot_be_one
     from inspection.merge_rows import write_merged
     from inspection.reading import refuse_existing
     from shared.files import create_json, replacing
@@ -49,11 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     refuse_existing(output)
     parts = open_parts(arguments.stores)
-    refuse_other_meanings(parts)
-    if arguments.duplicates == "refuse":
-        refuse_duplicates(parts)
-    if parts[0].manifest.user_row_ids:
-        refuse_repeated_ids(parts)
+    refuse_what_cannot_be_one(parts, arguments.duplicates == "keep-first")
     output.parent.mkdir(parents=True, exist_ok=True)
     manifest = merged_manifest([part.manifest for part in parts])
     with replacing(output) as folder:
@@ -62,8 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
         num_rows, num_targets = write_merged(folder, manifest, parts)
         if not num_rows:
             raise UserError("the stores have no row: all were dropped, see their .dropped.jsonl files")
-    dropped = manifest.source.num_rows - num_rows
     print(
-        f"{output}: {num_rows:,} rows of {len(parts)} stores, {dropped:,} dropped (see *.dropped.jsonl), "
+        f"{output}: {num_rows:,} rows of {len(parts)} stores, {manifest.source.num_rows - num_rows:,} dropped, "
         f"{num_targets:,} targets in {manifest.source.num_shards:,} shards, fingerprint {manifest.fingerprint[:12]}"
     )

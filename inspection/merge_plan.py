@@ -73,7 +73,23 @@ def _duplicates(span: Span, held: Sequence[tuple[int, Path]]) -> list[Duplicates
     return found
 
 
-def refuse_other_meanings(parts: Sequence[Part]) -> None:
+def refuse_what_cannot_be_one(parts: Sequence[Part], may_repeat: bool) -> None:
+    """Refuse stores that do not belong together.
+
+    Args:
+        may_repeat: whether several stores may hold the same row of a data file.
+
+    Raises:
+        UserError: another identity, or rows or the user's row ids in more than one store.
+    """
+    _refuse_other_meanings(parts)
+    if not may_repeat:
+        _refuse_duplicates(parts)
+    if parts[0].manifest.user_row_ids:
+        _refuse_repeated_ids(parts)
+
+
+def _refuse_other_meanings(parts: Sequence[Part]) -> None:
     """Refuse stores whose numbers do not mean the same, with a table of the fields that differ."""
     first = parts[0]
     for part in parts[1:]:
@@ -91,7 +107,7 @@ def refuse_other_meanings(parts: Sequence[Part]) -> None:
             )
 
 
-def refuse_duplicates(parts: Sequence[Part]) -> None:
+def _refuse_duplicates(parts: Sequence[Part]) -> None:
     """Refuse stores that hold the same rows, naming the first."""
     found = [(part, each) for part in parts for each in part.duplicates]
     if found:
@@ -104,7 +120,7 @@ def refuse_duplicates(parts: Sequence[Part]) -> None:
         )
 
 
-def refuse_repeated_ids(parts: Sequence[Part]) -> None:
+def _refuse_repeated_ids(parts: Sequence[Part]) -> None:
     """Refuse row ids of the user that two stores have, for different rows."""
     import polars as pl
 
