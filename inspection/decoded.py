@@ -1,55 +1,70 @@
-"""Token ids of a store as text that is safe to print."""
+"""Ids of a store as text that is safe to show: whatever a data set holds, it is seen and does nothing."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from inspection.harmless import harmless
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.pretrained import tokenizer_content
 from shared.score_store import Manifest
 
 
-def load_store_tokenizer(manifest: Manifest, path: str | None) -> Any | None:
-    """The tokenizer that made a store's ids.
+def load_store_tokenizer(manifest: Manifest, path: str | None = None) -> Any | None:
+    """The tokenizer that a store was made with, without the weights of the prior.
 
     Args:
-        path: where it lies; None: where the store says, if it is there still.
+        path: where it lies now; None looks where the store says. Nothing is fetched.
 
     Returns:
-        None where no path is given and the prior is not on this machine.
+        The tokenizer; None where the place named by the store has none or another one by now: ids must do.
 
     Raises:
-        UserError: the tokenizer is another one.
+        UserError: `path` holds none, or another tokenizer than the store's.
     """
     from transformers import AutoTokenizer
 
-    name, revision = (path, None) if path else (manifest.prior_name, manifest.prior_revision)
+    name, revision = path or manifest.prior_name, None if path else manifest.prior_revision
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, local_files_only=True)
-    except (OSError, ValueError):
-        if path:
-            raise UserError(f"--tokenizer {path}: expected the folder of a tokenizer, found none") from None
-        return None
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        if path is None:
+            return None
+        raise UserError(f"--tokenizer {path}: its tokenizer cannot be loaded: {first_line(error)}") from None
     if tokenizer_content(tokenizer) != manifest.tokenizer:
-        if path:
-            raise UserError(f"--tokenizer {path}: the ids of the store are not made by this tokenizer")
-        return None
+        if path is None:
+            return None
+        raise UserError(f"--tokenizer {path}: the ids of the store were not made by this tokenizer")
     return tokenizer
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token, harmless to print; a character of several tokens stands at the last of them."""
-    texts, waiting = [], []
-    for token in ids:
-        waiting.append(int(token))
-        text = tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        # An unfinished character decodes to the replacement character; no character has more than four bytes.
-        if text.endswith("\ufffd") and len(waiting) < 4:
-            texts.append("")
-        else:
-            texts.append(harmless(text, keep_line_breaks=True))
-            waiting = []
-    if waiting:  # the row ends within a character
-        text = tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        texts[-1] = harmless(text, keep_line_breaks=True)
-    return texts
+def token_texts(tokenizer: Any | None, ids: Sequence[int]) -> list[str]:
+    """One text for each id, harmless to show; line breaks stay.
+
+    A character of several tokens stands at the one that ends it, and those before have an empty text. Without a
+    tokenizer a token is `#id`.
+    """
+    if tokenizer is None:
+        return [f"#{token}" for token in ids]
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=False)
+    texts = [stream.step(tokenizer.backend_tokenizer, int(token)) for token in ids]
+    shown = ["" if text is None else _shown(text) for text in texts]
+    num_open = next((n for n, text in enumerate(reversed(texts)) if text is not None), len(texts))
+    if num_open:
+        shown[-1] = _shown(tokenizer.decode(list(ids)[-num_open:]))
+    return shown
+
+
+def single_text(tokenizer: Any | None, token: int) -> str:
+    """Text of one token by itself; bytes that are no character are shown as the tokenizer writes them."""
+    if tokenizer is None:
+        return f"#{token}"
+    text = tokenizer.decode([token])
+    return _shown(text if "\ufffd" not in text and text else tokenizer.convert_ids_to_tokens(token) or f"#{token}")
+
+
+def _shown(text: str) -> str:
+    return harmless(text, keep_line_breaks=True)

@@ -4,11 +4,12 @@ from typing import Any
 
 from shared.config import TrainConfig
 from shared.files import remove_stale_temporaries
+from shared.outlook import describe, warnings_of
 from stage2_train.batch import BatchForm
 from stage2_train.distributed import World
 from stage2_train.lora import count_parameters, target_names
 from stage2_train.metrics import metrics_path
-from stage2_train.outlook import describe, warnings_of, weight_outlook
+from stage2_train.outlook import weight_outlook
 from stage2_train.setup import Job, resolve_dtype, write_config
 
 

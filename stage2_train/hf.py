@@ -24,10 +24,11 @@ from torch.nn.utils.rnn import pad_sequence
 from shared.config import TrainConfig
 from shared.errors import UserError
 from shared.head import vocab_rows
+from shared.outlook import warnings_of
 from shared.statistics import token_statistics
 from shared.weighting import TargetStatistics, resolve_weighting
 from stage2_train.cache import CachedRow, open_cache
-from stage2_train.outlook import warnings_of, weight_outlook
+from stage2_train.outlook import weight_outlook
 from stage2_train.preflight import refuse_other_tokenizer, refuse_small_vocabulary
 
 _NO_TARGET = -100

@@ -188,7 +188,7 @@ def prift_score(call_main: Callable[..., Outcome], tmp_path: Path) -> Callable[.
 @pytest.fixture
 def prift_inspect(call_main: Callable[..., Outcome]) -> Callable[..., Outcome]:
     """`prift-inspect WORD ...`."""
-    from stage1_score.inspect_cli import main
+    from inspection.cli import main
 
     return lambda *words: call_main(main, ["prift-inspect", *words])
 

@@ -24,7 +24,12 @@ def imported_packages(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("package", "forbidden"),
-    [("shared", STAGES), ("stage1_score", {"stage2_train"}), ("stage2_train", {"stage1_score"})],
+    [
+        ("shared", {*STAGES, "inspection"}),
+        ("stage1_score", {"stage2_train", "inspection"}),
+        ("stage2_train", {"stage1_score", "inspection"}),
+        ("inspection", {"stage2_train"}),
+    ],
 )
 def test_packages_keep_apart(repository: Path, package: str, forbidden: set[str]):
     modules = sorted((repository / package).rglob("*.py"))
@@ -37,7 +42,7 @@ def test_packages_keep_apart(repository: Path, package: str, forbidden: set[str]
 @pytest.mark.parametrize(
     "module",
     ["shared.config", "shared.load_config", "shared.score_store", "shared.shards", "shared.verify", "shared.cli",
-     "shared.batching", "stage1_score.cli", "stage1_score.inspect_cli", "stage1_score.read"],
+     "shared.batching", "stage1_score.cli", "inspection.cli", "stage1_score.read"],
 )  # fmt: skip
 def test_no_torch_is_imported(repository: Path, module: str):
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'deepspeed'}} & sys.modules.keys()))"
@@ -48,7 +53,7 @@ def test_no_torch_is_imported(repository: Path, module: str):
 def test_no_module_bears_the_name_of_a_library(repository: Path):
     taken = set(sys.stdlib_module_names) | {"torch", "transformers", "pyarrow", "polars", "yaml", "rich", "datasets"}
     # A script puts its own folder first on the path: there a module of such a name would hide the library.
-    for package in ("shared", *STAGES):
+    for package in ("shared", "inspection", *STAGES):
         names = {path.stem for path in (repository / package).glob("*.py")} - {"__init__"}
         # `shared.statistics` is imported by its full name only; no script lies beside it.
         assert names & taken <= ({"statistics"} if package == "shared" else set())

@@ -10,6 +10,9 @@ import pytest
 
 from shared.score_store import DataFile
 
+REPOSITORY = Path(__file__).parents[2]
+HOSTILE = "<script>window.hurt=1</script><img src=x onerror='window.hurt=1'></script>&amp;\x1b[2J\u202e\x00\u2028]]>"
+
 
 @pytest.fixture
 def call_verb(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
@@ -53,3 +56,43 @@ def store(tmp_path: Path, manifest_with, scored_row, store_of) -> Callable[..., 
         return store_of(tmp_path / name, manifest, rows)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def gsm8k_store(reference: Path, run_cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """2,500 rows of GSM8K, scored by the 260K-parameter model."""
+    store = tmp_path_factory.mktemp("gsm8k") / "store"
+    outcome = run_cli(
+        "stage1_score.cli", REPOSITORY / "pipeline.yaml", f"prior.model={reference}/data/stories260K",
+        f"data.path={reference}/data/gsm8k_train_2500.jsonl.gz", "data.columns.prompt=question",
+        "data.columns.completion=answer", "data.template=plain", "data.max_length=512", f"score.output={store}",
+        "score.engine=transformers", "score.device=cpu", cwd=REPOSITORY,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.stderr
+    return store
+
+
+@pytest.fixture(scope="session")
+def demo_store(run_cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store that `make demo` scores."""
+    store = tmp_path_factory.mktemp("demo") / "store"
+    outcome = run_cli("stage1_score.cli", REPOSITORY / "pipeline.yaml", f"score.output={store}", cwd=REPOSITORY)
+    assert outcome.code == 0, outcome.stderr
+    return store
+
+
+@pytest.fixture
+def hostile_store(tmp_path: Path, plain_prior: Path, prift_score, write_jsonl) -> Path:
+    """Rows whose ids and texts are markup, control characters and overrides; one of 100 kB."""
+    rows = [
+        {"id": HOSTILE, "prompt": HOSTILE, "completion": HOSTILE},
+        {"id": "</script><script>window.hurt=1</script>", "prompt": "a", "completion": "\u2066\u202e\u200b\r\x07 end"},
+        {"id": "long" * 30_000, "prompt": "<b>" * 10, "completion": "<i>" * 33_000},
+    ]
+    data = write_jsonl(tmp_path / "rows <script>window.hurt=1.jsonl", rows)
+    outcome = prift_score(
+        f"data.path=['{data}']", f"prior.model={plain_prior}", f"score.output={tmp_path / 'store'}",
+        "score.engine=transformers", "score.device=cpu", "data.max_length=120000", "score.batch_tokens=4096",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.stderr
+    return tmp_path / "store"

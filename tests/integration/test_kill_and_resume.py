@@ -194,7 +194,7 @@ def test_scoring_killed_inside_a_write_loses_that_shard_only(
     assert killed.code == -signal.SIGKILL, killed.output
     assert len(list(store.glob("shard-*.parquet"))) == nth_shard - 1
     assert list(store.glob(".tmp-*")), "the kill was meant to leave a half-made shard behind"
-    early = finish([sys.executable, "-m", "stage1_score.inspect_cli", "verify", str(store)])
+    early = finish([sys.executable, "-m", "inspection.cli", "verify", str(store)])
     assert early.code == 3
     assert "unfinished" in early.output
     rerun = finish([sys.executable, "-m", "stage1_score.cli", *arguments])

@@ -295,7 +295,7 @@ def test_vllm_agrees_with_transformers(store: Path, run_cli):
     reason = obstacle({"architectures": ["LlamaForCausalLM"], "hidden_size": 32, "num_attention_heads": 4}, "cpu")
     if reason is not None:
         pytest.skip(f"NO vLLM FOR CPUs: {reason}")
-    outcome = run_cli("stage1_score.inspect_cli", "cross-check", store, "device=cpu", "batch_tokens=128")
+    outcome = run_cli("inspection.cli", "cross-check", store, "device=cpu", "batch_tokens=128")
     assert outcome.code == 0, outcome.stdout + outcome.stderr
     assert "10 rows scored again by vllm (weights float32, forward pass float64_products)" in outcome.stdout
     table = table_of(outcome.stdout)

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shared.outlook import Outlook, describe, warnings_of
 from shared.weighting import Weighting
 from stage2_train.cache import ScoreCache, open_cache
-from stage2_train.outlook import Outlook, describe, warnings_of, weight_outlook
+from stage2_train.outlook import weight_outlook
 
 PROB = Weighting("prob", "prior", {}, None, None)
 

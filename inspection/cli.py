@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 _CROSS_CHECK_OPTIONS = """\
@@ -20,12 +21,24 @@ options, as key=value words:
 """
 
 
+_MODULES = {
+    "report": "one HTML page on a store: support, rules, tokens, rows",
+    "show": "one row in the terminal, targets coloured by prior support",
+    "stats": "the numbers of a store, or as JSON",
+    "diff": "how two stores differ: fields, numbers, decisions that flip",
+    "merge": "several stores of one identity into one",
+    "export": "rows with a rule's weights baked in, for other trainers",
+}
+"""Verbs that are a module of this package, with what they do."""
+
+
 def main() -> None:
     """Entry point; see the exit codes in `shared/cli.py`."""
     parser = argparse.ArgumentParser(prog="prift-inspect", description="Look at score stores.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verify = verbs.add_parser("verify", help="reread every page and check every row; exit 3 with the first offenders")
     verify.add_argument("store", type=Path)
+    verify.set_defaults(run=lambda arguments: _verify(arguments.store))
     meaning = "score a sample of the rows again by the other engine; exit 3 where the numbers differ too much"
     check = verbs.add_parser(
         "cross-check",
@@ -36,17 +49,17 @@ def main() -> None:
     )
     check.add_argument("store", type=Path, help="folder of the score store, finished or not")
     check.add_argument("options", nargs="*", metavar="key=value", help="see below")
+    check.set_defaults(run=lambda arguments: _cross_check(arguments.store, arguments.options))
+    for name, about in _MODULES.items():
+        module = import_module(f"inspection.{name}")
+        verb = verbs.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        module.add_arguments(verb)
+        verb.set_defaults(run=module.run)
     arguments = parser.parse_args()
 
     from shared.cli import exit_code_of
 
-    def command() -> None:
-        if arguments.verb == "verify":
-            _verify(arguments.store)
-        else:
-            _cross_check(arguments.store, arguments.options)
-
-    sys.exit(exit_code_of(command, "prift-inspect"))
+    sys.exit(exit_code_of(lambda: arguments.run(arguments), "prift-inspect"))
 
 
 def _verify(store: Path) -> None:
