@@ -1,7 +1,7 @@
 """The rows that two stores have in common, side by side, streamed. Imports no torch.
 
-Rows correspond where they are the same row of the same data file; where the stores share no file, and row ids are the
-user's own in both, where their ids are equal.
+Rows correspond where they are the same row of the same data file; where each store has a file that the other lacks, and
+row ids are the user's own in both, where their ids are equal.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 
 from inspection.provenance import Span, spans
+from inspection.reading import sound_tables
 from shared.score_store import Manifest
-from shared.shards import Shard, read_batches
+from shared.shards import Shard
 
 Correspondence = Literal["row of the data file", "row_id"]
 
@@ -35,18 +36,19 @@ class OpenStore:
 
 def correspondence(left: OpenStore, right: OpenStore) -> Correspondence | None:
     """By what the rows of two stores are matched; None where nothing says which row is which."""
-    if _common_spans(left, right):
+    files, others = (_spans_by_content(store).keys() for store in (left, right))
+    if files and others and (files <= others or others <= files):
         return "row of the data file"
     if left.manifest.user_row_ids and right.manifest.user_row_ids:
         return "row_id"
-    return None
+    return "row of the data file" if files & others else None
 
 
 def aligned(left: OpenStore, right: OpenStore, by: Correspondence) -> _Pairs:
     """Tables of equally many rows, row i of the one corresponding to row i of the other.
 
     Raises:
-        UserError: a page's checksum does not hold.
+        UserError: a store is damaged.
     """
     if by == "row_id":
         yield from _by_row_id(left, right)
@@ -114,7 +116,7 @@ def _keyed(store: OpenStore, first: int, stop: int, renumber: Callable[[np.ndarr
     """The rows of a store in a range of source indices, row group by row group, those without a key left out."""
     for shard in store.shards:
         planned = store.manifest.source.rows_of_shard(shard.index)
-        for table in read_batches(shard) if planned.stop > first and planned.start < stop else ():
+        for table in sound_tables(store.manifest, shard) if planned.stop > first and planned.start < stop else ():
             indices = table.column("source_index").to_numpy()
             keys = np.where((indices >= first) & (indices < stop), renumber(indices), -1)
             if (keys < 0).any():
@@ -141,7 +143,7 @@ def _by_row_id(left: OpenStore, right: OpenStore) -> _Pairs:
     for block in _blocks(right):
         row_of = {row_id: row for row, row_id in enumerate(block.column("row_id").to_pylist())}
         for shard in left.shards:
-            for table in read_batches(shard):
+            for table in sound_tables(left.manifest, shard):
                 found = [row_of.get(row_id, -1) for row_id in table.column("row_id").to_pylist()]
                 in_right = np.array(found, dtype=np.int64)
                 in_left = np.flatnonzero(in_right >= 0)
@@ -152,7 +154,7 @@ def _by_row_id(left: OpenStore, right: OpenStore) -> _Pairs:
 def _blocks(store: OpenStore) -> Iterator[pa.Table]:
     tables, num_tokens = [], 0
     for shard in store.shards:
-        for table in read_batches(shard):
+        for table in sound_tables(store.manifest, shard):
             tables.append(table)
             num_tokens += len(table.column("input_ids").combine_chunks().flatten())
             if num_tokens >= _BLOCK_TOKENS:

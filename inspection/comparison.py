@@ -56,7 +56,7 @@ def compare_stores(left: OpenStore, right: OpenStore, thresholds: list[float]) -
         thresholds: smallest u = 1 - mass_rank that PriFT-mass keeps.
 
     Raises:
-        UserError: a page's checksum or a shard's digest does not hold.
+        UserError: a store is damaged.
     """
     columns = [store.manifest.identity.columns for store in (left, right)]
     common = [name for name in columns[0] if name in columns[1]]

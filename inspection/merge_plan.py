@@ -9,6 +9,8 @@ from shared.errors import UserError
 from shared.score_store import Manifest
 from shared.shards import Shard, open_store
 
+_AND = " and "
+
 
 @dataclass(frozen=True)
 class Duplicates:
@@ -144,7 +146,9 @@ def _refuse_repeated_ids(parts: Sequence[Part]) -> None:
 
 
 def joined(described: Sequence[dict[str, str]]) -> dict[str, str]:
-    """The values of each name, those that differ joined by `and`."""
-    names = dict.fromkeys(name for each in described for name in each)
-    found = {name: dict.fromkeys(str(each[name]) for each in described if name in each) for name in names}
-    return {name: " and ".join(values) for name, values in found.items()}
+    """The values of each name, those that differ joined by `and`; what was joined before is not repeated."""
+    found: dict[str, dict[str, None]] = {}
+    for each in described:
+        for name, value in each.items():
+            found.setdefault(name, {}).update(dict.fromkeys(str(value).split(_AND)))
+    return {name: _AND.join(values) for name, values in found.items()}

@@ -1,4 +1,4 @@
-"""Reading stores for what is written anew from them. Imports no torch."""
+"""What the verbs that read whole stores have in common. Imports no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from shared.verify import row_problems
 
 
 def sound_tables(manifest: Manifest, shard: Shard) -> Iterator[pa.Table]:
-    """The row groups of a shard: what is written anew gets digests that fit, so damage has to show before.
+    """The row groups of a shard, every one verified: what is made of them says nothing of damage any more.
 
     Raises:
         UserError: a page's checksum, the digest or an invariant of a row does not hold.

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
         name = harmless(manifest.prior_name)
         console.print(f"the prior's tokenizer is not at {name}: ids for text; --tokenizer PATH says where it lies",
                       soft_wrap=True)  # fmt: skip
-    if console.color_system is None:
+    if console.color_system is None or console.no_color:
         console.print("no colours here: targets stand between ⟦ and ⟧; --numbers prints their support\n")
         console.print(bracketed(found.row, texts), soft_wrap=True)
     else:

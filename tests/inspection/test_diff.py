@@ -127,6 +127,28 @@ def test_other_files_are_matched_by_the_users_ids(store, data_file, compared, mo
     assert "A: 'a0' (source_index 0), B: 'a0' (source_index 3): other ids" in stdout
 
 
+def test_an_edited_file_beside_one_of_both(store, data_file, compared):
+    def renamed(row: Any) -> Any:
+        return dataclasses.replace(row, row_id=row.row_id.replace("d", "b"))
+
+    left = store("left", [data_file("a", 3), data_file("b", 4)])
+    edited = [data_file("a", 3), data_file("d", 4)]
+    assert "7 rows correspond, by row_id" in compared(left, store("right", edited, change=renamed))
+    hashes = [store(f"hashes {files[1].sha256[0]}", files, user_row_ids=False)
+              for files in ([data_file("a", 3), data_file("b", 4)], edited)]  # fmt: skip
+    stdout = compared(*hashes)
+    assert "3 rows correspond, by row of the data file; without a counterpart: 4 of A, 4 of B" in stdout
+
+
+def test_a_damaged_store_is_refused(store, data_file, compared):
+    def change(row: Any) -> Any:
+        row.statistics["entropy"][1] = np.nan
+        return row
+
+    with pytest.raises(UserError, match="entropy is not finite"):
+        compared(store("left", [data_file("a", 4)]), store("right", [data_file("a", 4)], change=change))
+
+
 def test_files_apart_without_ids_of_the_user(store, data_file, compared):
     stores = [store(it, [data_file(it, 4)], user_row_ids=False) for it in "ab"]
     assert "no row is compared: the stores share no data file" in compared(*stores)

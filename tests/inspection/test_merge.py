@@ -197,7 +197,7 @@ def test_another_meaning_beside_the_identity_is_refused(store, data_file, refusa
     assert f"\n  {field} " in refusal(left, right)
 
 
-def test_what_made_the_shards_is_recorded(store, data_file, merged):
+def test_what_made_the_shards_is_recorded(store, data_file, merged, call_verb):
     parts = store("left", [data_file("a", 2)]), store("right", [data_file("b", 2)])
     manifest, shards = open_store(parts[1])
     rows = [row for table in read_batches(shards[0]) for row in scored_rows(table, manifest.identity.columns)]
@@ -205,6 +205,9 @@ def test_what_made_the_shards_is_recorded(store, data_file, merged):
     joined = merged(*parts)
     footers = [json.loads(pq.read_schema(shard_path(joined, index)).metadata[b"prift"]) for index in (0, 1)]
     assert [(it["engine"], it["device"]) for it in footers] == [("none and other", "cpu"), ("other", "cpu")]
+    call_verb(merge, joined, store("more", [data_file("c", 2)]), "-o", joined.with_name("again"))
+    footer = json.loads(pq.read_schema(shard_path(joined.with_name("again"), 1)).metadata[b"prift"])
+    assert footer["engine"] == "other and none"
 
 
 def test_damage_is_not_passed_on(store, data_file, refusal, rewrite):

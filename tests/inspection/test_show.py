@@ -120,6 +120,11 @@ def test_hostile_text_is_harmless(store: Path, shown, coloured, on: str, words: 
     assert r"row hostile \x1b[31m (#2)" in plain
 
 
+def test_a_terminal_without_colours_gets_brackets(store: Path, coloured, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "⟦answer" in SGR.sub("", coloured(store, "first"))
+
+
 def test_hostile_text_of_a_reason_and_of_a_name(store: Path, shown):
     path = store / "shard-00000.dropped.jsonl"
     path.write_text('{"row_id": "long", "source_index": 1, "reason": "\\u001b[2J"}\n')

@@ -1,0 +1,30 @@
+"""What all verbs promise."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_the_help_waits_for_no_library(repository: Path):
+    code = """
+import argparse, sys
+from inspection import diff, export, merge, show
+for verb in (diff, export, merge, show):
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    assert "-h" in parser.format_help()
+heavy = {"torch", "transformers", "datasets", "pyarrow", "polars", "numpy", "rich"}
+print(sorted(heavy & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_stage_2(repository: Path):
+    modules = sorted((repository / "inspection").rglob("*.py"))
+    assert len(modules) > 5
+    assert not [
+        path
+        for path in modules
+        if "stage2_train import" in path.read_text() or "import stage2_train" in path.read_text()
+    ]
