@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from inspection.harmless import harmless
 from inspection.provenance import Span, differing_meanings, differing_sources, field_table, spans
 from shared.errors import UserError
 from shared.score_store import Manifest
@@ -116,7 +117,7 @@ def _refuse_duplicates(parts: Sequence[Part]) -> None:
         part, each = found[0]
         count = sum(len(each.rows) for _, each in found)
         raise UserError(
-            f"{part.store}: row {each.rows[0] - each.span.first} of {each.span.file.path} (sha256 "
+            f"{part.store}: row {each.rows[0] - each.span.first} of {harmless(each.span.file.path)} (sha256 "
             f"{each.span.file.sha256[:12]}...) is in {each.holder} too; {count:,} rows are in more than one store: "
             "--duplicates keep-first keeps each from the first store that has it"
         )

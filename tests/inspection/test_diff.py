@@ -101,6 +101,16 @@ def test_files_in_another_order(store, data_file, compared, order: str):
     assert "source.files" in stdout
 
 
+@pytest.mark.parametrize("longer", ["A", "B"])
+def test_a_file_of_one_store_between_those_of_both(store, data_file, compared, longer: str):
+    stores = [store(f"shorter than {longer}", [data_file("a", 3), data_file("b", 4)]),
+              store(f"longer {longer}", [data_file("a", 3), data_file("c", 2), data_file("b", 4)])]  # fmt: skip
+    stdout = compared(*(stores if longer == "B" else stores[::-1]))
+    alone = "2 of A, 0 of B" if longer == "A" else "0 of A, 2 of B"
+    assert f"7 rows correspond, by row of the data file; without a counterpart: {alone}" in stdout
+    assert table_of(stdout)["logprob"] == ["21"] + ["0.00e+00"] * 5
+
+
 def test_a_limit_leaves_rows_out(store, data_file, compared, tmp_path: Path, manifest_with, scored_row, store_of):
     whole = store("whole", [data_file("a", 5), data_file("b", 4)], user_row_ids=False)
     manifest = manifest_with(1, 3, False)

@@ -131,6 +131,15 @@ def test_rows_of_one_file_in_two_stores_are_refused(limited, data_file, refusal)
     assert "2 rows are in more than one store: --duplicates keep-first" in message
 
 
+def test_each_row_is_a_duplicate_once(limited, data_file, refusal, merged, read_store):
+    stores = [limited(f"first {n} as {it}", n, [data_file("a", 9)]) for it, n in enumerate((5, 2, 5, 7))]
+    assert "12 rows are in more than one store" in refusal(*stores)
+    joined = merged(*stores, "--duplicates", "keep-first")
+    assert len(read_store(joined)) == 7
+    assert {row["reason"].rpartition(" kept from ")[2] for row in dropped_of(joined)} == {str(stores[0])}
+    assert verify_store(joined).problems == []
+
+
 def test_keep_first_lists_the_others(limited, store, data_file, merged, read_store, call_verb):
     few, more = limited("few", 2, [data_file("a", 9)]), limited("more", 5, [data_file("b", 1), data_file("a", 9)])
     joined = merged(few, more, "--duplicates", "keep-first")

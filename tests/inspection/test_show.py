@@ -125,6 +125,13 @@ def test_a_terminal_without_colours_gets_brackets(store: Path, coloured, monkeyp
     assert "⟦answer" in SGR.sub("", coloured(store, "first"))
 
 
+def test_what_a_tokenizer_returns_is_not_trusted(store: Path, shown, coloured, monkeypatch):
+    monkeypatch.setattr("inspection.decoded.token_texts", lambda _, ids: ["\x1b[2J[red]\u202e"] * len(ids))
+    for stdout in (shown(store, "first", "--numbers"), coloured(store, "first", "--numbers")):
+        assert not re.findall("[\x1b\u202e]", SGR.sub("", stdout))
+        assert r"\x1b[2J[red]\u202e" in stdout
+
+
 def test_hostile_text_of_a_reason_and_of_a_name(store: Path, shown):
     path = store / "shard-00000.dropped.jsonl"
     path.write_text('{"row_id": "long", "source_index": 1, "reason": "\\u001b[2J"}\n')
