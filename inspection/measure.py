@@ -4,6 +4,7 @@ Shape suffix: N targets of a block.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -100,15 +101,15 @@ class _Sums:
         is_stop_N = torch.isin(torch.from_numpy(block.ids_N), self._stop_ids)
         for weighting, sums in self._weights:
             sums.add(weighting.weights(statistics, is_stop_N), is_stop_N)
-        self._add_thresholds(statistics, is_stop_N)
+        self._add_thresholds(block)
         is_kept_N = mass_at(0.5).weights(statistics, is_stop_N).numpy().astype(np.float64)
         self._add_groups(block, is_kept_N)
 
-    def _add_thresholds(self, statistics: TargetStatistics, is_stop_N: torch.Tensor) -> None:
-        for place, threshold in enumerate(THRESHOLDS):
-            for rule, name in (("mass", "threshold"), ("prob_threshold", "min_prob")):
-                weights_N = Weighting(rule, "prior", {name: threshold}, None, None).weights(statistics, is_stop_N)
-                self.kept_by[rule][place] += int(weights_N.sum(dtype=torch.float64))
+    def _add_thresholds(self, block: TargetBlock) -> None:
+        likely_first = np.sort(block.columns["logprob"])[::-1]
+        best_first = {"mass": np.sort(block.columns["mass_rank"]), "prob_threshold": likely_first}
+        for rule, values_N in best_first.items():
+            self.kept_by[rule] += [num_kept(rule, threshold, values_N) for threshold in THRESHOLDS]
 
     def _add_groups(self, block: TargetBlock, is_kept_N: np.ndarray) -> None:
         bin_N = np.frexp(block.place_N + 1.0)[1] - 1  # 0; 1-2; 3-6; 7-14; ...
@@ -152,3 +153,22 @@ class _Sums:
 def mass_at(threshold: float) -> Weighting:
     """PriFT-mass at a threshold of u."""
     return Weighting("mass", "prior", {"threshold": threshold}, None, None)
+
+
+def num_kept(rule: str, threshold: float, values_N: np.ndarray) -> int:
+    """How many targets a rule with a threshold keeps.
+
+    The rule itself is asked, but for some of them only: it keeps the best supported ones, however many these are.
+
+    Args:
+        rule: mass or prob_threshold.
+        values_N: float32, the statistic that the rule reads, the best supported target first.
+    """
+    (parameter,), (column,) = RULE_PARAMETERS[rule], RULE_COLUMNS[rule]
+    weighting, no_stop = Weighting(rule, "prior", {parameter: threshold}, None, None), torch.zeros(1, dtype=torch.bool)
+
+    def is_dropped(place: int) -> bool:
+        value = torch.tensor([values_N[place]])
+        return float(weighting.weights(TargetStatistics({column: value}), no_stop)) == 0
+
+    return bisect_left(range(len(values_N)), True, key=is_dropped)

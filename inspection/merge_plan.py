@@ -7,7 +7,7 @@ from pathlib import Path
 from inspection.harmless import harmless
 from inspection.provenance import Span, differing_meanings, differing_sources, field_table, spans
 from shared.errors import UserError
-from shared.score_store import Manifest
+from shared.score_store import SCHEMA_VERSION, Manifest
 from shared.shards import Shard, open_store
 
 _AND = " and "
@@ -43,9 +43,10 @@ def merged_manifest(manifests: Sequence[Manifest]) -> Manifest:
         for manifest in manifests
         for span in spans(manifest.source)
     ]
-    source = manifests[0].source.model_copy(update={"files": tuple(files), "limit": None})
+    source = manifests[0].source.model_copy(update={"files": tuple(files), "limit": None, "extended_at": ()})
     software = joined([manifest.software for manifest in manifests])
-    return manifests[0].model_copy(update={"source": source, "software": software})
+    update = {"schema_version": SCHEMA_VERSION, "source": source, "software": software}
+    return manifests[0].model_copy(update=update)
 
 
 def open_parts(stores: Sequence[Path]) -> list[Part]:

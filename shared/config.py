@@ -167,6 +167,8 @@ class ScoreConfig(_Strict):
     run loses at most the shards it was in."""
     rehash: bool = False
     """Hash the data files again on a resume; else size and modification time are compared."""
+    extend: bool = False
+    """Score the rows that the data gained since the store was made; what it holds stays as it is."""
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Processes that score shards side by side. `auto`: one for each visible GPU (for each `tensor_parallel` of them);
     one on a CPU; with ray, as many as the cluster has GPUs for."""

@@ -4,18 +4,31 @@
 of itself: identity, source, plan of shards. `shared/shards.py` writes and reads the shards.
 """
 
+import fcntl
 import json
+import os
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from shared.errors import UserError
-from shared.files import create_json, sha256_of_json
+from shared.files import create_json, replacing, sha256_of_json
 from shared.pretrained import TokenizerContent
 
 SCHEMA_VERSION = 1
+EXTENDED_SCHEMA_VERSION = 2
+"""Of a store that grew: a reader of version 1 would look for its rows in the wrong shards."""
 MANIFEST_NAME = "store.json"
 
 
@@ -76,6 +89,20 @@ class Source(_Record):
     limit: int | None
     files: tuple[DataFile, ...]
     shard_rows: int
+    extended_at: tuple[int, ...] = ()
+    """Numbers of rows at which the store grew: there a shard ends, however few rows it holds, and another begins."""
+
+    @model_validator(mode="after")
+    def _grew_in_order(self) -> Self:
+        bounds = (0, *self.extended_at, self.num_rows)
+        if self.extended_at and any(start >= stop for start, stop in pairwise(bounds)):
+            raise ValueError(f"extended_at={list(self.extended_at)}: expected ascending, below the {bounds[-1]} rows")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_growth(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = serialize(self)
+        return fields if self.extended_at else {name: it for name, it in fields.items() if name != "extended_at"}
 
     @property
     def num_rows(self) -> int:
@@ -86,11 +113,22 @@ class Source(_Record):
     @property
     def num_shards(self) -> int:
         """Shards planned from the rows."""
-        return -(-self.num_rows // self.shard_rows)
+        return self.shard_counts[-1]
+
+    @property
+    def shard_counts(self) -> tuple[int, ...]:
+        """Shards of the store before each growth, and of the whole."""
+        bounds = pairwise((0, *self.extended_at, self.num_rows))
+        return tuple(accumulate(-(-(stop - start) // self.shard_rows) for start, stop in bounds))
 
     def rows_of_shard(self, index: int) -> range:
         """Source rows of a shard, before dropping."""
-        return range(index * self.shard_rows, min((index + 1) * self.shard_rows, self.num_rows))
+        assert 0 <= index < self.num_shards, index
+        growth = bisect_right(self.shard_counts, index)
+        first_row, end = (0, *self.extended_at, self.num_rows)[growth : growth + 2]
+        first_shard = (0, *self.shard_counts)[growth]
+        start = first_row + (index - first_shard) * self.shard_rows
+        return range(start, min(start + self.shard_rows, end))
 
 
 class Manifest(_Record):
@@ -126,10 +164,10 @@ def read_manifest(store: Path) -> Manifest:
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in (SCHEMA_VERSION, EXTENDED_SCHEMA_VERSION):
         raise UserError(
-            f"{path}: expected schema version {SCHEMA_VERSION}, found {version!r}: the store was made by another "
-            "version of prift; score again, or use that version"
+            f"{path}: expected schema version {SCHEMA_VERSION} or {EXTENDED_SCHEMA_VERSION}, found {version!r}: the "
+            "store was made by another version of prift; score again, or use that version"
         )
     try:
         manifest = Manifest.model_validate(content)
@@ -164,6 +202,27 @@ def create_or_match(store: Path, wanted: Manifest, command: Sequence[str]) -> Ma
     return found
 
 
+def replace_manifest(store: Path, found: Manifest, grown: Manifest) -> None:
+    """Put a grown store's manifest into the place of the one found before; of several starters one does it.
+
+    Raises:
+        UserError: another start changed the store meanwhile, and not into the same.
+    """
+    descriptor = os.open(store, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        now = read_manifest(store)
+        if now.source == grown.source:
+            return
+        if now != found:
+            raise UserError(f"{store}: another start extended it meanwhile; run the command again")
+        with replacing(store / MANIFEST_NAME) as temporary:
+            content = json.dumps(grown.model_dump(mode="json"), indent=2, ensure_ascii=False)
+            temporary.write_text(content + "\n", encoding="utf-8")
+    finally:
+        os.close(descriptor)
+
+
 def differing_fields(found: Manifest, wanted: Manifest) -> list[tuple[str, Any, Any]]:
     """Fields (name, stored, wanted) in which a store does not serve a request. A surplus of columns does."""
     old, new = found.identity.model_dump(), wanted.identity.model_dump()
@@ -192,11 +251,13 @@ def _refusal(store: Path, differences: list[tuple[str, Any, Any]], command: Sequ
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
     )
     kept = [word for word in command if not word.startswith("score.output=")]
+    grew = {name for name, _, _ in differences} <= {"source.files", "source.limit"}
+    extend = f"\nOr, where rows were only added:  {shlex.join([*command, 'score.extend=true'])}" if grew else ""
     again = shlex.join(command)
     return (
         f"{store} holds scores of another identity or source:\n{table}\n"
         f"Keep it and score elsewhere:  {shlex.join(kept)} score.output={shlex.quote(f'{store}-2')}\n"
-        f"Or replace it:  rm -r {shlex.quote(str(store))} && {again}"
+        f"Or replace it:  rm -r {shlex.quote(str(store))} && {again}{extend}"
     )
 
 

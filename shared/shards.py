@@ -128,14 +128,17 @@ def read_footer(path: Path, manifest: Manifest, index: int) -> Shard:
     return Shard(path, index, num_rows, footer["num_tokens"], footer["num_targets"], footer["digest"])
 
 
-def open_store(store: Path) -> tuple[Manifest, list[Shard]]:
+def open_store(store: Path, num_shards: int | None = None) -> tuple[Manifest, list[Shard]]:
     """A finished store: its manifest and all its shards.
+
+    Args:
+        num_shards: read so many only, as the store was before it grew; the others may be unfinished.
 
     Raises:
         UserError: not a store, another schema version, or unfinished.
     """
     manifest = read_manifest(store)
-    planned = range(manifest.source.num_shards)
+    planned = range(manifest.source.num_shards if num_shards is None else num_shards)
     missing = [index for index in planned if not shard_path(store, index).is_file()]
     if missing:
         raise UserError(

@@ -15,6 +15,7 @@ from shared.score_store import MANIFEST_NAME, DataFile, Manifest, Source, create
 from shared.shards import dropped_path, read_footer, shard_path
 from stage1_score.choose_engine import choose_device, choose_dtypes, choose_engine
 from stage1_score.examples import RowFormat
+from stage1_score.extend import grown_manifest
 from stage1_score.identity import build_manifest
 from stage1_score.raw_rows import expand_paths
 from stage1_score.read import detect_format, read_rows, scan_source
@@ -35,6 +36,8 @@ class Plan:
     files: PretrainedFiles
     missing: list[int]
     """Shards that are not there yet, of this run's part."""
+    grown_from: Manifest | None = None
+    """The store's manifest before this run extends it."""
 
 
 def make_plan(config: Config, command: Sequence[str]) -> Plan:
@@ -61,18 +64,40 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
     if found is None:
         _preview(store, source, row_format, row_tokenizer, tokenizer, len(config.score.columns))
     probe_writable(store)
-    manifest = wanted if found is None else create_or_match(store, wanted, command)
-    # The store may name the files as another start saw them: read them where they are now.
-    manifest = manifest.model_copy(update={"source": source})
+    manifest, grown_from = _settle(store, config, wanted, found, command)
+    num_shards = manifest.source.num_shards
     remove_stale_temporaries(store)
-    missing = [index for index in range(source.num_shards) if not _is_done(store, manifest, index)]
-    done = f"{store}: {source.num_shards - len(missing)} of {source.num_shards} shards done"
+    missing = [index for index in range(num_shards) if not _is_done(store, manifest, index)]
+    done = f"{store}: {num_shards - len(missing)} of {num_shards} shards done"
     if config.score.part is not None:
         part, count = map(int, config.score.part.split("/"))
         missing = [index for index in missing if index % count == part]
         done += f", part {config.score.part}"
     print(f"{done}, {len(missing)} to score")
-    return Plan(store, manifest, row_format, row_tokenizer, files, missing)
+    return Plan(store, manifest, row_format, row_tokenizer, files, missing, grown_from)
+
+
+def _settle(
+    store: Path, config: Config, wanted: Manifest, found: Manifest | None, command: Sequence[str]
+) -> tuple[Manifest, Manifest | None]:
+    """The manifest to score by, and that of the store before it grows, where it is to grow."""
+    if found is None:
+        return wanted, None
+    source, grown = wanted.source, None
+    if config.score.extend:
+        # Compared in all but the files: how those may differ is looked at next.
+        known = {"files": found.source.files, "limit": found.source.limit, "extended_at": found.source.extended_at}
+        same = create_or_match(store, wanted.model_copy(update={"source": source.model_copy(update=known)}), command)
+        grown = grown_manifest(same, source)
+        if grown is None or grown.source.num_rows == found.source.num_rows:
+            print(f"{store}: the data has no row that the store has not")
+        else:
+            print(f"{store}: {grown.source.num_rows - found.source.num_rows:,} rows are new")
+    if grown is not None:
+        return grown, found
+    manifest = create_or_match(store, wanted, command)
+    # The store may name the files as another start saw them: read them where they are now.
+    return manifest.model_copy(update={"source": source}), None
 
 
 def plan_of_manifest(config: Config, manifest: Manifest) -> Plan:
@@ -96,9 +121,14 @@ def _source(config: Config, paths: list[Path], row_format: RowFormat, found: Sou
     recorded = () if found is None or score.rehash else found.files
     is_known = len(recorded) == len(paths) and all(map(_is_unchanged, recorded, paths))
     if found is None or not is_known:
-        return scan_source(paths, row_format, data.limit, score.shard_rows)
-    return Source(format=row_format.name, columns=row_format.columns_read(), limit=data.limit, files=recorded,
-                  shard_rows=score.shard_rows)  # fmt: skip
+        source = scan_source(paths, row_format, data.limit, score.shard_rows)
+    else:
+        source = Source(format=row_format.name, columns=row_format.columns_read(), limit=data.limit, files=recorded,
+                        shard_rows=score.shard_rows)  # fmt: skip
+    # Without files or a limit that grew, the shards are those of the store.
+    if found is None or found.num_rows != source.num_rows:
+        return source
+    return source.model_copy(update={"extended_at": found.extended_at})
 
 
 def _is_unchanged(file: DataFile, path: Path) -> bool:

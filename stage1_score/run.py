@@ -7,7 +7,7 @@ from typing import Any
 
 from shared.config import Config
 from shared.errors import UserError
-from shared.score_store import create_or_match, read_manifest
+from shared.score_store import create_or_match, read_manifest, replace_manifest
 from shared.shards import open_store, shard_path
 from shared.stopping import StopSwitch, stop_switch
 from stage1_score.choose_engine import choose_device, load_engine
@@ -129,6 +129,9 @@ class Job:
 
 
 def _begin_store(plan: Plan, command: Sequence[str]) -> None:
+    if plan.grown_from is not None:
+        replace_manifest(plan.store, plan.grown_from, plan.manifest)
+        return
     begun = create_or_match(plan.store, plan.manifest, command)
     if begun.fingerprint != plan.manifest.fingerprint:
         raise UserError(f"{plan.store}: another start began it with other columns meanwhile; run the command again")

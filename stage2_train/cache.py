@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from shared.errors import UserError
 from shared.files import remove_stale_temporaries, replacing, sha256_of_json
-from shared.score_store import Manifest
+from shared.score_store import Manifest, read_manifest
 from shared.shards import Shard, flatten, open_store, read_batches
 from shared.verify import row_problems
 
@@ -109,7 +109,7 @@ class ScoreCache:
         return [rows[index] for index in wanted.tolist()]
 
 
-def open_cache(store: Path, columns: Sequence[str], cache_dir: Path) -> ScoreCache:
+def open_cache(store: Path, columns: Sequence[str], cache_dir: Path, begun_with: str | None = None) -> ScoreCache:
     """Open the memory-mapped copy of a store, making what is missing of it first.
 
     Of the processes of a node one makes it while the others wait; a copy that was begun by a process that died is
@@ -118,11 +118,12 @@ def open_cache(store: Path, columns: Sequence[str], cache_dir: Path) -> ScoreCac
     Args:
         columns: statistics to map; only these are converted.
         cache_dir: node-local folder; copies of several stores lie in it side by side.
+        begun_with: key of the rows that a run began with: where the store grew since, only those are opened.
 
     Raises:
         UserError: the store is unfinished or damaged, or lacks a column.
     """
-    manifest, shards = open_store(store)
+    manifest, shards = _shards_of(store, begun_with)
     if not sum(shard.num_rows for shard in shards):
         raise UserError(f"{store}: the store has no row: all were dropped, see its .dropped.jsonl files")
     for name in columns:
@@ -130,8 +131,7 @@ def open_cache(store: Path, columns: Sequence[str], cache_dir: Path) -> ScoreCac
             have = list(manifest.identity.columns)
             raise UserError(f"{store}: expected the column {name}, which the rule reads; the store has {have}. "
                             f"Score again with score.columns=[{','.join([*have, name])}]")  # fmt: skip
-    key = sha256_of_json([manifest.fingerprint, [shard.digest for shard in shards]])[:32]
-    folder = cache_dir / key
+    folder = cache_dir / _key(manifest, shards)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         missing = [name for name in [*_BASE_FILES, *columns] if not _file(folder, name).exists()]
@@ -139,6 +139,19 @@ def open_cache(store: Path, columns: Sequence[str], cache_dir: Path) -> ScoreCac
             remove_stale_temporaries(folder)
             _convert(manifest, shards, folder, missing)
     return ScoreCache(store, manifest, shards, folder, columns)
+
+
+def _key(manifest: Manifest, shards: Sequence[Shard]) -> str:
+    return sha256_of_json([manifest.fingerprint, [shard.digest for shard in shards]])[:32]
+
+
+def _shards_of(store: Path, begun_with: str | None) -> tuple[Manifest, list[Shard]]:
+    """All shards; or those that the store had before it grew, where a run began with them."""
+    for count in read_manifest(store).source.shard_counts[:-1] if begun_with else ():
+        manifest, shards = open_store(store, count)
+        if _key(manifest, shards) == begun_with:
+            return manifest, shards
+    return open_store(store)
 
 
 def _convert(manifest: Manifest, shards: Sequence[Shard], folder: Path, names: Sequence[str]) -> None:

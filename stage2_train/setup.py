@@ -98,7 +98,10 @@ def prepare(config: Config) -> Job:
         )
     cache_dir = Path(train.cache_dir) if train.cache_dir else Path.home() / ".cache" / "prift"
     prior_columns = weighting.columns if weighting.source == "prior" else ()
-    cache = open_cache(Path(train.scores), prior_columns, cache_dir)
+    output = Path(train.output or "runs/train")
+    checkpoints, damaged = _checkpoints(train, output)
+    begun_with = read_state(checkpoints[0]).settings.get("scores_key") if checkpoints else None
+    cache = open_cache(Path(train.scores), prior_columns, cache_dir, begun_with)
     stores = {"eval": train.eval_scores} if isinstance(train.eval_scores, str) else train.eval_scores or {}
     eval_caches = {name: open_cache(Path(store), ("mass_rank",), cache_dir) for name, store in stores.items()}
     manifest = cache.manifest
@@ -111,11 +114,10 @@ def prepare(config: Config) -> Job:
     for store in (cache, *eval_caches.values()):
         refuse_other_tokenizer(tokenizer, store.manifest, store.store, name)
     plan = make_plan(len(cache), train.batch_size, train.epochs, train.max_steps, train.seed)
-    output = Path(train.output or "runs/train")
     probe_writable(output)
     job = Job(
         train, output, weighting, cache, eval_caches, plan, files, tokenizer, starts_from_prior,
-        *_checkpoints(train, output), files.weights_digest() if train.lora else None,
+        checkpoints, damaged, files.weights_digest() if train.lora else None,
     )  # fmt: skip
     _refuse_other_settings(job)
     return job

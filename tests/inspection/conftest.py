@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from shared.score_store import DataFile
@@ -82,17 +83,29 @@ def demo_store(run_cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hostile_store(tmp_path: Path, plain_prior: Path, prift_score, write_jsonl) -> Path:
+def hostile_store(tmp_path: Path, plain_prior: Path, manifest_with, scored_row, store_of) -> Path:
     """Rows whose ids and texts are markup, control characters and overrides; one of 100 kB."""
-    rows = [
-        {"id": HOSTILE, "prompt": HOSTILE, "completion": HOSTILE},
-        {"id": "</script><script>window.hurt=1</script>", "prompt": "a", "completion": "\u2066\u202e\u200b\r\x07 end"},
-        {"id": "long" * 30_000, "prompt": "<b>" * 10, "completion": "<i>" * 33_000},
-    ]
-    data = write_jsonl(tmp_path / "rows <script>window.hurt=1.jsonl", rows)
-    outcome = prift_score(
-        f"data.path=['{data}']", f"prior.model={plain_prior}", f"score.output={tmp_path / 'store'}",
-        "score.engine=transformers", "score.device=cpu", "data.max_length=120000", "score.batch_tokens=4096",
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.stderr
-    return tmp_path / "store"
+    from transformers import AutoTokenizer
+
+    from shared.pretrained import tokenizer_content
+
+    tokenizer = AutoTokenizer.from_pretrained(plain_prior)
+    texts = {
+        HOSTILE: HOSTILE + HOSTILE,
+        "</script><script>window.hurt=1</script>": "a\u2066\u202e\u200b\r\x07 end",
+        "long" * 30_000: "<b>" * 10 + "<i>" * 33_000,
+    }
+    rows = []
+    for index, (row_id, text) in enumerate(texts.items()):
+        ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
+        targets = np.arange(1, len(ids), dtype=np.int32)
+        values = np.linspace(0, 1, len(targets), dtype=np.float32)
+        statistics = {"logprob": -values - np.float32(index), "mass_rank": values, "entropy": values}
+        rows.append(scored_row(index, row_id=row_id, input_ids=ids, target_positions=targets, statistics=statistics))
+    manifest = manifest_with(len(rows))
+    file = manifest.source.files[0].model_copy(update={"path": f"{HOSTILE}.jsonl"})
+    update = {
+        "prior_name": str(plain_prior), "vocab_size": 300, "tokenizer": tokenizer_content(tokenizer),
+        "source": manifest.source.model_copy(update={"files": (file,)}), "software": {HOSTILE: HOSTILE},
+    }  # fmt: skip
+    return store_of(tmp_path / f"store {HOSTILE[:8]}", manifest.model_copy(update=update), rows)

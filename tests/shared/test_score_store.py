@@ -56,6 +56,27 @@ def test_plan_of_shards(manifest_with):
     assert source.model_copy(update={"limit": 99}).num_rows == 10
 
 
+def test_a_store_that_grew_begins_another_shard(manifest_with):
+    source = manifest_with(num_rows=10, shard_rows=4).source.model_copy(update={"extended_at": (3, 8)})
+    assert source.shard_counts == (1, 3, 4)
+    assert [source.rows_of_shard(index) for index in range(4)] == [range(3), range(3, 7), range(7, 8), range(8, 10)]
+
+
+@pytest.mark.parametrize("extended_at", [(0,), (3, 3), (5, 2), (10,), (-1,)])
+def test_growth_out_of_order_is_refused(tmp_path: Path, manifest_with, extended_at: tuple[int, ...]):
+    manifest = manifest_with(num_rows=10)
+    source = {**manifest.source.model_dump(mode="json"), "extended_at": extended_at}
+    with pytest.raises(UserError, match="expected ascending, below the 10 rows"):
+        read_manifest(damaged(tmp_path, manifest, schema_version=2, source=source))
+
+
+def test_only_a_store_that_grew_says_so(tmp_path: Path, manifest_with):
+    manifest = manifest_with(num_rows=10)
+    assert "extended_at" not in manifest.source.model_dump(mode="json")
+    grown = manifest.source.model_copy(update={"extended_at": (4,)})
+    assert grown.model_dump(mode="json")["extended_at"] == [4]
+
+
 def test_created_then_matched(tmp_path: Path, manifest_with):
     wanted = manifest_with()
     assert create_or_match(tmp_path, wanted, COMMAND) == wanted
@@ -133,8 +154,8 @@ def damaged(store: Path, manifest: Manifest, **fields: Any) -> Path:
 
 
 def test_another_schema_version_is_refused(tmp_path: Path, manifest_with):
-    with pytest.raises(UserError, match=r"expected schema version 1, found 2: .*score again"):
-        read_manifest(damaged(tmp_path, manifest_with(), schema_version=2))
+    with pytest.raises(UserError, match=r"expected schema version 1 or 2, found 3: .*score again"):
+        read_manifest(damaged(tmp_path, manifest_with(), schema_version=3))
 
 
 def test_an_edited_identity_is_refused(tmp_path: Path, manifest_with):

@@ -302,10 +302,10 @@ def test_a_torn_shard_under_its_final_name_is_refused(score, store: Path):
 def test_another_schema_version_is_refused(score, store: Path):
     assert score().code == 0
     path = store / "store.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 2'))
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 3'))
     outcome = score()
     assert outcome.code == 2
-    assert "expected schema version 1, found 2" in outcome.stderr
+    assert "expected schema version 1 or 2, found 3" in outcome.stderr
 
 
 def test_rows_that_cannot_be_scored_are_listed(tmp_path: Path, prift_score, plain_prior: Path, write_jsonl, read_store):

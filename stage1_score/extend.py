@@ -1,0 +1,106 @@
+"""A data set that gained rows: what of it a store holds already, and what is to be scored."""
+
+import gzip
+import hashlib
+import io
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from shared.errors import UserError
+from shared.score_store import EXTENDED_SCHEMA_VERSION, DataFile, Manifest, Source
+
+_CHUNK = 1 << 20
+
+
+def grown_manifest(found: Manifest, now: Source) -> Manifest | None:
+    """The manifest of the store once it holds the new rows too; None where there are none.
+
+    The store's rows must be the first of the data as it is now: new files stand at the end of the list, or the last
+    file, JSON lines, got new lines at its end, or the limit was raised.
+
+    Args:
+        now: the source as it is now; its format, columns and shard size are the store's.
+
+    Raises:
+        UserError: the data changed in another way.
+    """
+    old = found.source
+    if _contents(old) == _contents(now):
+        return None
+    if len(now.files) < len(old.files):
+        raise UserError(
+            f"score.extend: the store holds rows of {len(old.files)} files, data.path names {len(now.files)}"
+        )
+    for place, (before, after) in enumerate(zip(old.files, now.files, strict=False)):
+        if before.sha256 != after.sha256:
+            _refuse_other_beginning(before, after, is_last=place == len(old.files) - 1)
+    if now.num_rows < old.num_rows:
+        raise UserError(f"score.extend: the store holds {old.num_rows} rows, data.limit={now.limit} asks for fewer")
+    grew = now.num_rows > old.num_rows and old.num_rows > 0
+    extended_at = (*old.extended_at, old.num_rows) if grew else old.extended_at
+    source = now.model_copy(update={"extended_at": extended_at})
+    version = EXTENDED_SCHEMA_VERSION if extended_at else found.schema_version
+    return found.model_copy(update={"source": source, "schema_version": version})
+
+
+def _refuse_other_beginning(before: DataFile, after: DataFile, is_last: bool) -> None:
+    """Refuse a file whose first bytes are not the whole of the recorded one."""
+    path = Path(after.path)
+    advice = "put new rows into a file of their own, at the end of data.path"
+    if not is_last:
+        raise UserError(f"{path}: changed since it was scored, and other files follow it: {advice}")
+    if path.suffix == ".parquet":
+        raise UserError(f"{path}: changed since it was scored, and a Parquet file cannot grow at its end: {advice}")
+    if after.size < before.size or _sha256_of_first(path, before.size) != before.sha256:
+        raise UserError(
+            f"{path}: its first {before.size:,} bytes are not those that were scored: rows were changed, removed or "
+            f"put before others; {advice}, or score again"
+        )
+    if not _ends_a_line(path, before.size):
+        raise UserError(f"{path}: its last scored line had no line break and was written on: score it again")
+
+
+def _sha256_of_first(path: Path, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while size and (chunk := file.read(min(size, _CHUNK))):
+            digest.update(chunk)
+            size -= len(chunk)
+    return digest.hexdigest()
+
+
+def _ends_a_line(path: Path, size: int) -> bool:
+    """Whether a line ends with the first bytes of a file, or right after them, whatever its compression."""
+    with path.open("rb") as raw:
+        if path.suffix == ".gz":
+            before = gzip.GzipFile(fileobj=io.BufferedReader(_FirstBytes(raw, size)))
+            last = b"\n"
+            while chunk := before.read(_CHUNK):
+                last = chunk[-1:]
+            raw.seek(size)
+            following = gzip.GzipFile(fileobj=raw).read(1)
+        else:
+            raw.seek(max(size - 1, 0))
+            last = raw.read(1) if size else b"\n"
+            following = raw.read(1)
+    return last == b"\n" or following in (b"\n", b"\r", b"")
+
+
+class _FirstBytes(io.RawIOBase):
+    """A file that ends after so many bytes."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self._file, self._left = file, size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        chunk = self._file.read(min(self._left, len(buffer)))
+        buffer[: len(chunk)] = chunk
+        self._left -= len(chunk)
+        return len(chunk)
+
+
+def _contents(source: Source) -> tuple[list[tuple[str, int]], int | None]:
+    return [(file.sha256, file.num_rows) for file in source.files], source.limit
