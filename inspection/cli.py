@@ -1,7 +1,6 @@
 """`prift-inspect`: look at score stores."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -57,9 +56,9 @@ def main() -> None:
         verb.set_defaults(run=module.run)
     arguments = parser.parse_args()
 
-    from shared.cli import exit_code_of
+    from shared.cli import exit_code_of, leave
 
-    sys.exit(exit_code_of(lambda: arguments.run(arguments), "prift-inspect"))
+    leave(exit_code_of(lambda: arguments.run(arguments), "prift-inspect"))
 
 
 def _verify(store: Path) -> None:

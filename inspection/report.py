@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     from shared.files import replacing
 
     page = report_page(arguments.store, arguments.row, arguments.tokenizer)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(arguments.output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(f"{arguments.output}: {len(page.encode()) / 1e6:.2f} MB")

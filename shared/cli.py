@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from shared.errors import CheckFailed, LostRank, UserError
 
@@ -17,6 +18,25 @@ _USER_ERRNOS = {
 
 
 _SECONDS_FOR_THE_FIRST = 10.0
+_libraries_that_abort: set[str] = set()
+
+
+def leave_at_once_because_of(library: str) -> None:
+    """Say that a library ran here whose threads may abort the interpreter on its way out."""
+    _libraries_that_abort.add(library)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with an exit code.
+
+    Where a library may abort the interpreter's ending ("terminate called without an active exception"), the ending is
+    left out, or the code would be lost: everything written is closed by then.
+    """
+    if _libraries_that_abort:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def exit_code_of(command: Callable[[], None], program: str) -> int:

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="run=NAME, or a key such as data.limit=16")
     arguments = parser.parse_args()
 
-    from shared.cli import exit_code_of
+    from shared.cli import exit_code_of, leave
 
     def command() -> None:
         from shared.load_config import load_config
@@ -25,7 +25,7 @@ def main() -> None:
 
         run(config, ["prift-score", *sys.argv[1:]])
 
-    sys.exit(exit_code_of(command, "prift-score"))
+    leave(exit_code_of(command, "prift-score"))
 
 
 if __name__ == "__main__":

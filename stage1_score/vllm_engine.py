@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from packaging.version import Version
 
+from shared.cli import leave_at_once_because_of
 from shared.config import ScoreConfig
 from shared.errors import UserError, first_line
 from shared.pretrained import PretrainedFiles, rope_type_of
@@ -147,6 +148,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
+        leave_at_once_because_of("vllm")
         self._llm.llm_engine.engine_core.shutdown()
 
     def _submit(self, example: TokenizedExample) -> str:

@@ -1,6 +1,9 @@
 """Exit codes, and which rank speaks when."""
 
 import errno
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +70,18 @@ def test_a_defect_of_ours_keeps_its_traceback(error: Exception, slept: list[floa
     with pytest.raises(type(error)):
         run(error)
     assert not slept
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_library_that_aborts_on_the_way_out_does_not_take_the_exit_code(repository: Path, code: int):
+    """The abort itself: an exit handler that kills, as a C++ thread that nobody joined does."""
+    text = (
+        "import atexit, os; from shared.cli import leave, leave_at_once_because_of\n"
+        "atexit.register(os.abort); print('said'); {}leave({})"
+    )
+    for said, expected in (("", -6), ("leave_at_once_because_of('it'); ", code)):
+        done = subprocess.run(
+            [sys.executable, "-c", text.format(said, code)], cwd=repository, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == expected
+        assert said == "" or done.stdout == "said\n"
