@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from shared.errors import LostRank, UserError, first_line
 
@@ -57,6 +58,15 @@ class World:
         if self.size > 1:
             torch.distributed.broadcast_object_list(listed, src=0, group=self.patient_group)
         return listed[0]
+
+    def limit_waits(self, timeout_seconds: int) -> None:
+        """Give every process group that there is by now the timeout, but for the patient one.
+
+        DeepSpeed makes groups of its own, with torch's default of half an hour on gloo.
+        """
+        for group in list(distributed_c10d._world.pg_map):
+            if group is not self.patient_group:
+                distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
     def wait_for_all(self) -> None:
         """Wait until all ranks are here, however long one of them works."""

@@ -46,6 +46,7 @@ class Trainer:
         self.job, self.world, self.config = job, world, job.config
         self.weigher = StepWeigher(job.weighting, job.config, job.cache, world.all_reduce)
         self.engine, self.model, self.form = build_engine(job, world)
+        world.limit_waits(self.config.timeout_seconds)
         self.loader = StepLoader(job, world, self.form, self.weigher)
         self.guard = NonFiniteGuard(self.config.max_nonfinite_steps, self._row_ids, self._say)
         self.stop = StopSwitch("saving a checkpoint, then stopping" if world.rank == 0 else "", insists=False)

@@ -126,3 +126,41 @@ def test_long_work_of_one_rank_is_waited_for(demo_store: Path, pipeline: Path, t
     assert done.code == 0, done.output
     assert "is converted for 2 ranks" in done.output
     assert len(metrics_of(run)) == 6
+
+
+TIMEOUTS = """
+import os, sys
+import torch
+from torch.distributed import distributed_c10d
+from shared.load_config import load_config
+from stage2_train.distributed import meet
+from stage2_train.setup import prepare
+from stage2_train.trainer import Trainer
+
+config = load_config(sys.argv[1], sys.argv[2:])
+world = meet(config.train.timeout_seconds)
+Trainer(prepare(config), world)
+seconds = [
+    group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    for group in distributed_c10d._world.pg_map
+    if group is not world.patient_group
+]
+os.write(1, f"TIMEOUTS {len(seconds)} {set(seconds)}\\n".encode())  # one write: ranks share the pipe
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_no_group_waits_longer_than_it_may(demo_store: Path, pipeline: Path, tmp_path: Path, stage: int):
+    """DeepSpeed's own groups among them: ZeRO's collectives run on those."""
+    script = tmp_path / "timeouts.py"
+    script.write_text(TIMEOUTS)
+    case = [*training(demo_store, tmp_path / "run", stage), "train.timeout_seconds=77", "train.sequence_parallel=2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = finish([*launcher, str(pipeline), *case], PYTHONPATH=str(Path(__file__).resolve().parents[2]))
+    assert done.code == 0, done.output
+    lines = [line.split(maxsplit=2) for line in done.output.splitlines() if line.startswith("TIMEOUTS")]
+    assert len(lines) == 2
+    for _, count, seconds in lines:
+        assert int(count) > 1
+        assert seconds == "{77.0}"
