@@ -40,7 +40,7 @@ def measure(store: Path) -> StoreNumbers:
     rows = row_table(shards)
     tau = -float(rows["mean_logprob"].median())  # type: ignore[arg-type]
     sums = _Sums(manifest, tau)
-    for block in target_blocks(shards, manifest.identity.columns):
+    for block in target_blocks(manifest, shards):
         sums.add(block)
     return StoreNumbers(
         num_rows=rows.height, num_dropped_rows=sum(_lines(dropped_path(store, shard.index)) for shard in shards),

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shared.errors import UserError
+from shared.score_store import Manifest
 from shared.shards import Shard, flatten, read_batches
+from shared.verify import row_problems
 
 _LEAST_TARGETS_OF_A_BLOCK = 200_000
 
@@ -30,11 +33,18 @@ class TargetBlock:
         return 1.0 - self.columns["mass_rank"].astype(np.float64)
 
 
-def target_blocks(shards: Sequence[Shard], names: Sequence[str]) -> Iterator[TargetBlock]:
-    """Targets of whole rows, about 200,000 at a time."""
+def target_blocks(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[TargetBlock]:
+    """Targets of whole rows, about 200,000 at a time.
+
+    Raises:
+        UserError: a page, a digest or an invariant of a row does not hold.
+    """
+    names = manifest.identity.columns
     waiting: list[TargetBlock] = []
     for shard in shards:
         for table in read_batches(shard):
+            if problems := row_problems(table, manifest, shard):
+                raise UserError(problems[0])
             ids, first = flatten(table.column("input_ids")), flatten(table.column("logprob"))
             row_N = np.repeat(np.arange(len(ids.lengths)), ids.lengths)[first.valid]
             before = np.cumsum(np.bincount(row_N, minlength=len(ids.lengths)))

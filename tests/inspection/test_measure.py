@@ -66,3 +66,9 @@ def test_a_store_without_rows_and_one_without_ranks_are_refused(tmp_path: Path, 
     row = dataclasses.replace(row, statistics={"logprob": row.statistics["logprob"]})
     with pytest.raises(UserError, match="mass_rank is missing"):
         measure(store_of(tmp_path / "lean", lean, [row]))
+
+
+def test_rows_that_do_not_hold_are_refused(tmp_path: Path, manifest_with, scored_row, store_of):
+    row = scored_row(0, input_ids=np.array([1, 10, 20, 100_000, 2], np.int32))
+    with pytest.raises(UserError, match="outside the vocabulary"):
+        measure(store_of(tmp_path / "store", manifest_with(1, 1), [row]))
