@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from inspection.reading import sound_tables
 from shared.config import TrainConfig, WeightingConfig
 from shared.errors import UserError
-from shared.score_store import Manifest
+from shared.score_store import TARGET_WEIGHT, Manifest
 from shared.shards import Shard, flatten
 from shared.weighting import TargetStatistics, Weighting, resolve_weighting
 
@@ -127,5 +127,9 @@ class ExportedRows:
         for name in self._weighting.columns:
             flat = flatten(table.column(name))
             columns[name] = torch.from_numpy(flat.values[flat.valid])
+        given_N = None
+        if self._manifest.source.weighted:
+            flat = flatten(table.column(TARGET_WEIGHT))
+            given_N = torch.from_numpy(flat.values[flat.valid])
         is_stop_N = torch.from_numpy(np.isin(ids_N, self._manifest.stop_token_ids))
-        return self._weighting.weights(TargetStatistics(columns), is_stop_N).numpy()
+        return self._weighting.weights(TargetStatistics(columns, target_weights_N=given_N), is_stop_N).numpy()

@@ -56,7 +56,7 @@ def _row_at(store: Path, manifest: Manifest, shards: Sequence[Shard], index: int
     holder = next((shard for shard in shards if index in source.rows_of_shard(shard.index)), None)
     if holder is None:
         raise UserError(f"#{index}: the shard that holds this row is not scored yet")
-    names = ["row_id", "source_index", "input_ids", *manifest.identity.columns]
+    names = ["row_id", "source_index", "input_ids", *manifest.float_columns]
     for table in read_batches(holder, names):
         row: pa.Table = table.filter(pc.equal(table.column("source_index"), index))  # pyright: ignore[reportAttributeAccessIssue]
         if row.num_rows:

@@ -17,7 +17,7 @@ from inspection.target_blocks import TargetBlock, target_blocks
 from shared.errors import UserError
 from shared.outlook import Outlook, WeightSums
 from shared.rules import RULE_COLUMNS, RULE_PARAMETERS
-from shared.score_store import Manifest
+from shared.score_store import TARGET_WEIGHT, Manifest
 from shared.shards import dropped_path, open_store
 from shared.weighting import TargetStatistics, Weighting
 
@@ -73,7 +73,7 @@ class _Sums:
     """What is added up over the blocks: nothing here grows with the number of targets."""
 
     def __init__(self, manifest: Manifest, tau: float):
-        names, size = manifest.identity.columns, manifest.vocab_size
+        names, size = manifest.float_columns, manifest.vocab_size
         self._stop_ids, self._row_nll = torch.tensor(manifest.stop_token_ids), torch.tensor([tau])
         self._edges = {"prob": np.linspace(0, 1, 21), "u": np.linspace(0, 1, 21)}
         if "entropy" in names:
@@ -97,12 +97,13 @@ class _Sums:
         for name, edges in self._edges.items():
             # float32 entropy may exceed ln V by its rounding.
             self._counts[name] += np.histogram(np.clip(shown[name], edges[0], edges[-1]), edges)[0]
-        statistics = TargetStatistics({name: torch.from_numpy(it) for name, it in block.columns.items()}, self._row_nll)
+        columns = {name: torch.from_numpy(it) for name, it in block.columns.items()}
+        statistics = TargetStatistics(columns, self._row_nll, columns.get(TARGET_WEIGHT))
         is_stop_N = torch.isin(torch.from_numpy(block.ids_N), self._stop_ids)
         for weighting, sums in self._weights:
             sums.add(weighting.weights(statistics, is_stop_N), is_stop_N)
         self._add_thresholds(block)
-        is_kept_N = mass_at(0.5).weights(statistics, is_stop_N).numpy().astype(np.float64)
+        is_kept_N = (mass_at(0.5).weights(statistics, is_stop_N) > 0).numpy().astype(np.float64)
         self._add_groups(block, is_kept_N)
 
     def _add_thresholds(self, block: TargetBlock) -> None:

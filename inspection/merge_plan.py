@@ -43,7 +43,9 @@ def merged_manifest(manifests: Sequence[Manifest]) -> Manifest:
         for manifest in manifests
         for span in spans(manifest.source)
     ]
-    source = manifests[0].source.model_copy(update={"files": tuple(files), "limit": None, "extended_at": ()})
+    is_weighted = any(manifest.source.weighted for manifest in manifests)
+    update = {"files": tuple(files), "limit": None, "extended_at": (), "weighted": is_weighted}
+    source = manifests[0].source.model_copy(update=update)
     software = joined([manifest.software for manifest in manifests])
     update = {"schema_version": SCHEMA_VERSION, "source": source, "software": software}
     return manifests[0].model_copy(update=update)

@@ -52,7 +52,7 @@ def write_merged(folder: Path, manifest: Manifest, parts: Sequence[Part]) -> tup
 
 def _entries(part: Part) -> Iterator[_Entry]:
     """All rows of a store's source in order, numbered as in the new store, duplicates among the dropped."""
-    columns = part.manifest.identity.columns
+    columns = part.manifest.float_columns
     for shard in part.shards:
         rows = (row for table in sound_tables(part.manifest, shard) for row in scored_rows(table, columns))
         scored: Iterator[_Entry] = ((row.source_index, _kept_or_listed(part, row)) for row in rows)

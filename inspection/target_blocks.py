@@ -39,7 +39,7 @@ def target_blocks(manifest: Manifest, shards: Sequence[Shard]) -> Iterator[Targe
     Raises:
         UserError: a page, a digest or an invariant of a row does not hold.
     """
-    names = manifest.identity.columns
+    names = manifest.float_columns
     waiting: list[TargetBlock] = []
     for shard in shards:
         for table in read_batches(shard):

@@ -77,14 +77,27 @@ class ColumnsConfig(_Strict):
 
     id: str | None = None
     """The user's row id; None takes `row_id` or `id` where there is one."""
-    messages: str = "messages"
-    """A conversation: a list of {role, content, ...}."""
+    messages: str | None = None
+    """A conversation: a list of {role, content, ...}, or of {from, value} (ShareGPT). None takes `messages`,
+    `conversations` or `conversation`, whichever is there."""
     tools: str = "tools"
-    """Tool definitions, passed to the chat template; optional in every row."""
+    """Tool definitions, passed to the chat template: a list, or the JSON text of one; optional in every row."""
+    system: str = "system"
+    """ShareGPT, Alpaca: the system's text; optional in every row."""
     prompt: str = "prompt"
-    """What comes before the completion."""
+    """What comes before the completion: text, or messages."""
     completion: str = "completion"
-    """What is trained on."""
+    """What is trained on: text, or messages."""
+    instruction: str = "instruction"
+    """Alpaca: what is asked."""
+    input: str = "input"
+    """Alpaca: what the instruction speaks of; optional in every row."""
+    output: str = "output"
+    """Alpaca: the response, which is trained on."""
+    history: str = "history"
+    """Alpaca: earlier turns, pairs of what was asked and the response, trained on too; optional in every row."""
+    text: str = "text"
+    """Plain text."""
     input_ids: str = "input_ids"
     """Token ids, for data that is tokenised already."""
     target_mask: str = "target_mask"
@@ -96,13 +109,16 @@ class DataConfig(_Strict):
 
     path: str | tuple[str, ...] | None = None
     """JSONL, JSONL.gz or Parquet: a file, a glob, or a list of them. Required by `prift-score`."""
-    format: Literal["auto", "messages", "prompt_completion", "tokens"] = "auto"
-    """What a row holds; `auto` looks at the first row and prints its choice."""
+    format: Literal[
+        "auto", "messages", "sharegpt", "prompt_completion", "prompt_messages", "alpaca", "text", "tokens"
+    ] = "auto"
+    """What a row holds, see docs/data.md; `auto` looks at the first row and prints its choice."""
     columns: ColumnsConfig = ColumnsConfig()
     template: Literal["auto", "chat", "chat_prompt", "plain"] = "auto"
     """How text becomes ids. `plain`: BOS + prompt + completion + EOS, encoded apart. `chat`: the model's chat
     template. `chat_prompt`: the prompt through the chat template, then completion + EOS (the paper's form).
-    `auto`: `chat` for messages, `chat_prompt` for prompts where the tokenizer has a template, else `plain`."""
+    `auto`: `chat` for conversations, `chat` for Alpaca and `chat_prompt` for prompts where the tokenizer has a
+    template, else `plain`; text is always `plain`."""
     template_arguments: dict[str, Any] = {}
     """Extra variables for the chat template, such as {enable_thinking: false}."""
     template_date: str = "2024-07-26"

@@ -30,6 +30,10 @@ SCHEMA_VERSION = 1
 EXTENDED_SCHEMA_VERSION = 2
 """Of a store that grew: a reader of version 1 would look for its rows in the wrong shards."""
 MANIFEST_NAME = "store.json"
+TARGET_WEIGHT = "target_weight"
+"""Column of the data's own weights of targets, which multiply the rule's."""
+TARGET_WEIGHT_BOUNDS = (1e-6, 1e6)
+"""The smallest and the largest of them; 0 makes a token no target."""
 
 
 class _Record(BaseModel):
@@ -91,6 +95,8 @@ class Source(_Record):
     shard_rows: int
     extended_at: tuple[int, ...] = ()
     """Numbers of rows at which the store grew: there a shard ends, however few rows it holds, and another begins."""
+    weighted: bool = False
+    """Whether the data gives some of its targets weights of its own, and so shards have the column target_weight."""
 
     @model_validator(mode="after")
     def _grew_in_order(self) -> Self:
@@ -100,9 +106,9 @@ class Source(_Record):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_growth(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = serialize(self)
-        return fields if self.extended_at else {name: it for name, it in fields.items() if name != "extended_at"}
+    def _without_what_is_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        absent = {name for name in ("extended_at", "weighted") if not getattr(self, name)}
+        return {name: it for name, it in serialize(self).items() if name not in absent}
 
     @property
     def num_rows(self) -> int:
@@ -148,6 +154,11 @@ class Manifest(_Record):
     """Whether row ids are the user's own, and so unique."""
     software: dict[str, str]
     """Versions of what made the store; recorded, not compared."""
+
+    @property
+    def float_columns(self) -> tuple[str, ...]:
+        """Columns of the shards with one float32 per target: the statistics, and the data's own weights if any."""
+        return (*self.identity.columns, *((TARGET_WEIGHT,) if self.source.weighted else ()))
 
 
 def read_manifest(store: Path) -> Manifest:
@@ -229,7 +240,7 @@ def differing_fields(found: Manifest, wanted: Manifest) -> list[tuple[str, Any, 
     if set(new["columns"]) <= set(old["columns"]):
         old["columns"] = new["columns"]
     pairs = [(f"identity.{name}", old[name], new[name]) for name in old]
-    for name in ("format", "columns", "limit", "shard_rows"):
+    for name in ("format", "columns", "limit", "shard_rows", "weighted"):
         pairs.append((f"source.{name}", getattr(found.source, name), getattr(wanted.source, name)))
     pairs.append(("source.files", _contents(found.source), _contents(wanted.source)))
     return [pair for pair in pairs if pair[1] != pair[2]]

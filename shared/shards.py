@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from shared.errors import UserError, first_line
 from shared.files import replacing
-from shared.score_store import Manifest, read_manifest
+from shared.score_store import TARGET_WEIGHT, Manifest, read_manifest
 
 _FOOTER_KEY = b"prift"
 _ROW_GROUP_ROWS = 512
@@ -35,7 +35,7 @@ class ScoredRow:
     target_positions: np.ndarray
     """int32 (N,), ascending, each in [1, T)."""
     statistics: dict[str, np.ndarray]
-    """Statistic name to float32 (N,)."""
+    """Statistic name to float32 (N,); with the data's own weights, if any, as `target_weight`."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def write_shard(
         dropped: {row_id, source_index, reason} of the rest.
         software: engine, versions, device and attention backend; recorded.
     """
-    table = _to_table(rows, manifest.identity.columns)
+    table = _to_table(rows, manifest.float_columns)
     digest = _Digest(table.schema.names)
     digest.update(table)
     footer = {
@@ -97,7 +97,7 @@ def write_shard(
             # The leaf must be named: for the column's name pyarrow ignores the encoding without a word.
             column_encoding={
                 f"{name}.list.element": "BYTE_STREAM_SPLIT"
-                for name in manifest.identity.columns
+                for name in manifest.float_columns
                 if name != "mass_rank"  # mostly exact zeros: plain is smaller
             },
             write_page_checksum=True,
@@ -122,7 +122,7 @@ def read_footer(path: Path, manifest: Manifest, index: int) -> Shard:
     for name, value in expected.items():
         if footer.get(name) != value:
             raise UserError(f"{path}: its footer says {name}={footer.get(name)!r}, expected {value!r}")
-    planned = ["row_id", "source_index", "input_ids", *manifest.identity.columns]
+    planned = ["row_id", "source_index", "input_ids", *manifest.float_columns]
     if columns != planned:
         raise UserError(f"{path}: expected the columns {planned}, found {columns}; remove it and score again")
     return Shard(path, index, num_rows, footer["num_tokens"], footer["num_targets"], footer["digest"])
@@ -218,6 +218,12 @@ class _Digest:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def _values(row: ScoredRow, name: str) -> np.ndarray:
+    if name == TARGET_WEIGHT and name not in row.statistics:
+        return np.ones(len(row.target_positions), np.float32)
+    return row.statistics[name]
+
+
 def _to_table(rows: Sequence[ScoredRow], columns: Sequence[str]) -> pa.Table:
     lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -235,6 +241,6 @@ def _to_table(rows: Sequence[ScoredRow], columns: Sequence[str]) -> pa.Table:
     for name in columns:
         values = np.zeros(len(ids), dtype=np.float32)
         if rows:
-            values[positions] = np.concatenate([row.statistics[name] for row in rows])
+            values[positions] = np.concatenate([_values(row, name) for row in rows])
         arrays[name] = pa.ListArray.from_arrays(offsets, pa.array(values, pa.float32(), mask=no_target))
     return pa.table(arrays)

@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 
 from shared.errors import UserError
-from shared.score_store import Manifest, read_manifest
+from shared.score_store import TARGET_WEIGHT, TARGET_WEIGHT_BOUNDS, Manifest, read_manifest
 from shared.shards import FlatColumn, Shard, dropped_path, flatten, open_store, read_batches
 
 _RANGES = {
@@ -18,6 +18,7 @@ _RANGES = {
     "entropy": (0.0, np.inf),
     "entropy_top20": (0.0, 3.0),
     "collision": (0.0, 1.0 + 1e-6),
+    TARGET_WEIGHT: tuple(np.array(TARGET_WEIGHT_BOUNDS, np.float32).tolist()),
 }
 """Closed range of each statistic; ln 20 = 2.9957."""
 
@@ -71,7 +72,7 @@ def row_problems(table: pa.Table, manifest: Manifest, shard: Shard) -> list[str]
         ("a token id is null or outside the vocabulary", _rows_of(ids, ~ids.valid | _outside(ids, manifest))),
     ]
     first = flatten(table.column("logprob"))
-    for name in manifest.identity.columns:
+    for name in manifest.float_columns:
         flat = flatten(table.column(name))
         if not np.array_equal(flat.lengths, ids.lengths):
             found.append((f"{name} is not as long as input_ids", flat.lengths != ids.lengths))

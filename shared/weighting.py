@@ -26,6 +26,8 @@ class TargetStatistics:
     """Statistic name to float32 (N,); see `shared/statistics.py`."""
     row_nll_R: Tensor | None = None
     """Mean nll in nats of each row of the global batch, for rules that look at the whole batch."""
+    target_weights_N: Tensor | None = None
+    """The data's own weights, float32, > 0, which multiply the rule's; None where it has none."""
 
     @property
     def logprob_N(self) -> Tensor:
@@ -76,6 +78,8 @@ class Weighting:
             weights_N = weights_N.clamp(min=self.floor)
         if self.stop_token_weight is not None:
             weights_N = torch.where(is_stop_token_N, self.stop_token_weight, weights_N)
+        if statistics.target_weights_N is not None:
+            weights_N = weights_N * statistics.target_weights_N
         return weights_N
 
 

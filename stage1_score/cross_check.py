@@ -227,7 +227,7 @@ def _within(ordinals: np.ndarray, first: int, count: int) -> np.ndarray:
 
 def _rows_of_shard(shard: Shard, wanted: np.ndarray, manifest: Manifest) -> Iterator[ScoredRow]:
     # All columns by name: the digest is not compared, so an edited value shows as the difference that it makes.
-    names = ["row_id", "source_index", "input_ids", *manifest.identity.columns]
+    names = ["row_id", "source_index", "input_ids", *manifest.float_columns]
     first = 0
     for table in read_batches(shard, names):
         sample = table.take(pa.array(_within(wanted, first, table.num_rows)))

@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from shared.errors import UserError
+from shared.score_store import TARGET_WEIGHT
 from shared.shards import ScoredRow
 from stage1_score.tokenization import TokenizedExample
 
@@ -68,4 +69,6 @@ def scored_row(example: TokenizedExample, columns: Sequence[str], values_CN: np.
             f"finite to token {position}; try prior.dtype=float32"
         )
     statistics = {column: values_CN[index] for index, column in enumerate(columns)}
+    if example.target_weights is not None:
+        statistics[TARGET_WEIGHT] = example.target_weights
     return ScoredRow(example.row_id, example.source_index, example.input_ids, example.target_positions, statistics)

@@ -1,12 +1,9 @@
-"""From a raw row to `Example`: what a row holds, checked and typed."""
+"""What a row of the source holds, once its format is known: `stage1_score/formats.py` makes these of raw rows."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from shared.config import ColumnsConfig
-from shared.errors import UserError
 from shared.files import sha256_of_json
-from stage1_score.raw_rows import shown
 
 
 @dataclass(frozen=True)
@@ -15,6 +12,15 @@ class Conversation:
 
     messages: list[dict[str, Any]]
     tools: list[Any] | None
+    turn_weights: tuple[float, ...] | None = None
+    """What the weights of each message's targets are multiplied by, one for each message; 0: context only. None: 1 for
+    every assistant turn."""
+
+    def weight_of(self, index: int) -> float:
+        """Weight of the message at `index`; 0 where it is not the assistant's."""
+        if self.messages[index]["role"] != "assistant":
+            return 0.0
+        return 1.0 if self.turn_weights is None else self.turn_weights[index]
 
 
 @dataclass(frozen=True)
@@ -26,11 +32,56 @@ class PromptCompletion:
 
 
 @dataclass(frozen=True)
+class Instruction:
+    """A row of the Alpaca format: an instruction, perhaps with an input, and the response that is trained on."""
+
+    instruction: str
+    input: str
+    response: str
+    system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    """Earlier turns: what was asked, and the response."""
+
+    def conversation(self) -> Conversation:
+        """As chat messages; the input stands on a line of its own below the instruction."""
+        system = [("system", self.system)] if self.system else []
+        earlier = [pair for asked, said in self.history for pair in (("user", asked), ("assistant", said))]
+        asked = "\n".join(text for text in (self.instruction, self.input) if text)
+        turns = [*system, *earlier, ("user", asked), ("assistant", self.response)]
+        return Conversation([{"role": role, "content": text} for role, text in turns], None)
+
+    def prompt_completion(self) -> PromptCompletion:
+        """As Stanford Alpaca wrote it for models without a chat template; the system's text stands before.
+
+        https://github.com/tatsu-lab/stanford_alpaca/blob/main/train.py
+        """
+        context = ", paired with an input that provides further context" if self.input else ""
+        extra = f"### Input:\n{self.input}\n\n" if self.input else ""
+        return PromptCompletion(
+            f"{self.system}\n\n"
+            * bool(self.system)
+            + f"Below is an instruction that describes a task{context}. Write a response that appropriately completes "
+            f"the request.\n\n### Instruction:\n{self.instruction}\n\n{extra}### Response:",
+            self.response,
+        )
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text, all of it trained on."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class TokenIds:
     """Tokens given as such."""
 
     input_ids: list[int]
     target_mask: list[bool]
+
+
+Content = Conversation | PromptCompletion | Instruction | Text | TokenIds
 
 
 @dataclass(frozen=True)
@@ -42,77 +93,18 @@ class Example:
     """file:line, for messages."""
     row_id: str
     """The user's own, else a hash of the content."""
-    content: Conversation | PromptCompletion | TokenIds
+    content: Content
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether some of its targets have another weight than 1 of the data's own."""
+        weights = self.content.turn_weights if isinstance(self.content, Conversation) else None
+        return any(weight not in (0.0, 1.0) for weight in weights or ())
 
 
-@dataclass(frozen=True)
-class RowFormat:
-    """How a row of this source is read, settled by its first row."""
-
-    name: str
-    """messages, prompt_completion or tokens."""
-    columns: ColumnsConfig
-    id_column: str | None
-    vocab_size: int | None = None
-    """Ids of tokenised rows are below it."""
-
-    def columns_read(self) -> dict[str, str | None]:
-        """Names of the columns that are read, as recorded in the store."""
-        names = {"messages": ["messages", "tools"], "prompt_completion": ["prompt", "completion"]}
-        read = names.get(self.name, ["input_ids", "target_mask"])
-        return {"id": self.id_column, **{name: getattr(self.columns, name) for name in read}}
-
-
-def parse_row(row: dict[str, Any], row_format: RowFormat, source_index: int, place: str) -> Example:
-    """The example that a raw row holds.
-
-    Args:
-        place: file:line, for messages.
-
-    Raises:
-        UserError: the row is not of this format.
-    """
-    content = _parse_content(row, row_format, place)
-    if row_format.id_column is None:
-        return Example(source_index, place, sha256_of_json(vars(content))[:32], content)
-    row_id = row.get(row_format.id_column)
-    if isinstance(row_id, bool) or not isinstance(row_id, str | int):
-        raise UserError(f"{place}: expected a string or number as {row_format.id_column!r}, got {shown(row_id)}")
-    if any("\ud800" <= character <= "\udfff" for character in str(row_id)):
-        raise UserError(f"{place}: row id {shown(row_id)} has half a surrogate pair")
-    return Example(source_index, place, str(row_id), content)
-
-
-def _parse_content(
-    row: dict[str, Any], row_format: RowFormat, place: str
-) -> Conversation | PromptCompletion | TokenIds:
-    columns = row_format.columns
-    if row_format.name == "messages":
-        messages = _field(row, columns.messages, list, place)
-        # Parquet gives every message every key; a template takes a null for a value.
-        messages = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in messages]
-        if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
-            raise UserError(f"{place}: expected messages with a role each, got {shown(messages)}")
-        tools = row.get(columns.tools) or None
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-            raise UserError(f"{place}: expected a list of objects as {columns.tools!r}, got {shown(tools)}")
-        return Conversation(messages, tools)
-    if row_format.name == "prompt_completion":
-        return PromptCompletion(*(_field(row, name, str, place) for name in (columns.prompt, columns.completion)))
-    ids, mask = (_field(row, name, list, place) for name in (columns.input_ids, columns.target_mask))
-    if len(ids) != len(mask):
-        raise UserError(f"{place}: {columns.input_ids} has {len(ids)} tokens, {columns.target_mask} has {len(mask)}")
-    if not all(type(token) is int for token in ids) or not all(flag in (0, 1) for flag in mask):
-        raise UserError(f"{place}: expected integers as {columns.input_ids} and 0 or 1 as {columns.target_mask}")
-    largest = row_format.vocab_size
-    if largest is not None and ids and not 0 <= min(ids) <= max(ids) < largest:
-        wrong = next(token for token in ids if not 0 <= token < largest)
-        raise UserError(f"{place}: token id {wrong} is outside the prior's vocabulary of {largest}")
-    return TokenIds(ids, [bool(flag) for flag in mask])
-
-
-def _field(row: dict[str, Any], name: str, kind: type, place: str) -> Any:
-    value = row.get(name)
-    if not isinstance(value, kind):
-        raise UserError(f"{place}: expected {kind.__name__} as {name!r}, got {shown(value)}")
-    return value
+def content_hash(content: Content) -> str:
+    """The row id of a row that has none: the same for the same content."""
+    fields = vars(content)
+    if fields.get("turn_weights", ()) is None:
+        fields = {name: value for name, value in fields.items() if name != "turn_weights"}
+    return sha256_of_json(fields)[:32]

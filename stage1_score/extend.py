@@ -36,9 +36,14 @@ def grown_manifest(found: Manifest, now: Source) -> Manifest | None:
             _refuse_other_beginning(before, after, is_last=place == len(old.files) - 1)
     if now.num_rows < old.num_rows:
         raise UserError(f"score.extend: the store holds {old.num_rows} rows, data.limit={now.limit} asks for fewer")
+    if now.weighted and not old.weighted:
+        raise UserError(
+            "score.extend: the new rows give some targets weights of their own, and the store has no column for them: "
+            "score the new rows, or all, into another store (train.scores takes several)"
+        )
     grew = now.num_rows > old.num_rows and old.num_rows > 0
     extended_at = (*old.extended_at, old.num_rows) if grew else old.extended_at
-    source = now.model_copy(update={"extended_at": extended_at})
+    source = now.model_copy(update={"extended_at": extended_at, "weighted": old.weighted})
     version = EXTENDED_SCHEMA_VERSION if extended_at else found.schema_version
     return found.model_copy(update={"source": source, "schema_version": version})
 

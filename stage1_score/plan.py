@@ -14,8 +14,8 @@ from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer, 
 from shared.score_store import MANIFEST_NAME, DataFile, Manifest, Source, create_or_match, read_manifest
 from shared.shards import dropped_path, read_footer, shard_path
 from stage1_score.choose_engine import choose_device, choose_dtypes, choose_engine
-from stage1_score.examples import RowFormat
 from stage1_score.extend import grown_manifest
+from stage1_score.formats import RowFormat
 from stage1_score.identity import build_manifest
 from stage1_score.raw_rows import expand_paths
 from stage1_score.read import detect_format, read_rows, scan_source
@@ -86,7 +86,12 @@ def _settle(
     source, grown = wanted.source, None
     if config.score.extend:
         # Compared in all but the files: how those may differ is looked at next.
-        known = {"files": found.source.files, "limit": found.source.limit, "extended_at": found.source.extended_at}
+        known = {
+            "files": found.source.files,
+            "limit": found.source.limit,
+            "extended_at": found.source.extended_at,
+            "weighted": found.source.weighted,
+        }
         same = create_or_match(store, wanted.model_copy(update={"source": source.model_copy(update=known)}), command)
         grown = grown_manifest(same, source)
         if grown is None or grown.source.num_rows == found.source.num_rows:
@@ -124,7 +129,7 @@ def _source(config: Config, paths: list[Path], row_format: RowFormat, found: Sou
         source = scan_source(paths, row_format, data.limit, score.shard_rows)
     else:
         source = Source(format=row_format.name, columns=row_format.columns_read(), limit=data.limit, files=recorded,
-                        shard_rows=score.shard_rows)  # fmt: skip
+                        shard_rows=score.shard_rows, weighted=found.weighted)  # fmt: skip
     # Without files or a limit that grew, the shards are those of the store.
     if found is None or found.num_rows != source.num_rows:
         return source

@@ -15,7 +15,8 @@ from shared.config import DataConfig
 from shared.errors import UserError
 from shared.files import sha256_of_file
 from shared.score_store import DataFile, Source
-from stage1_score.examples import Example, RowFormat, parse_row
+from stage1_score.examples import Example
+from stage1_score.formats import RowFormat, parse_row, settle_format
 from stage1_score.raw_rows import count_rows, raw_rows
 
 
@@ -31,22 +32,7 @@ def detect_format(paths: Sequence[Path], config: DataConfig, vocab_size: int | N
     first = next((row for path in paths for _, row in raw_rows(path, 0)), None)
     if first is None:
         raise UserError(f"data.path: {', '.join(map(str, paths))}: no row in it")
-    columns = config.columns
-    needs = {
-        "tokens": (columns.input_ids, columns.target_mask),
-        "messages": (columns.messages,),
-        "prompt_completion": (columns.prompt, columns.completion),
-    }
-    fitting = [name for name, names in needs.items() if set(names) <= first.keys()]
-    name = config.format if config.format != "auto" else (fitting or [None])[0]
-    if name is None or not set(needs[name]) <= first.keys():
-        expected = " or ".join("+".join(names) for names in ([needs[name]] if name else needs.values()))
-        raise UserError(
-            f"{paths[0]}: expected the columns {expected}, found {', '.join(map(repr, first))}; "
-            "name yours with data.columns.*"
-        )
-    id_column = columns.id or next((name for name in ("row_id", "id") if name in first), None)
-    return RowFormat(name, columns, id_column, vocab_size)
+    return settle_format(first, config, str(paths[0]), vocab_size)
 
 
 def scan_source(paths: Sequence[Path], row_format: RowFormat, limit: int | None, shard_rows: int) -> Source:
@@ -57,10 +43,12 @@ def scan_source(paths: Sequence[Path], row_format: RowFormat, limit: int | None,
     """
     hashes = array("Q")
     files: list[DataFile] = []
+    is_weighted = False
     for path in paths:
         first = sum(file.num_rows for file in files)
         parsed = None if limit is None else max(0, limit - first)
         for example in islice(read_file(path, row_format, 0, first), parsed):
+            is_weighted |= example.is_weighted
             if row_format.id_column:
                 hashes.append(_hash64(example.row_id))
         stat = path.stat()
@@ -68,7 +56,7 @@ def scan_source(paths: Sequence[Path], row_format: RowFormat, limit: int | None,
         files.append(DataFile(path=str(path), size=stat.st_size, mtime_ns=stat.st_mtime_ns,
                               sha256=sha256_of_file(path), num_rows=num_rows))  # fmt: skip
     source = Source(format=row_format.name, columns=row_format.columns_read(), limit=limit, files=tuple(files),
-                    shard_rows=shard_rows)  # fmt: skip
+                    shard_rows=shard_rows, weighted=is_weighted)  # fmt: skip
     _refuse_repeated_ids(source, row_format, hashes)
     return source
 

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from shared.config import DataConfig
 from shared.errors import UserError
-from stage1_score.examples import Conversation, Example, PromptCompletion, TokenIds
+from stage1_score.examples import Content, Conversation, Example, Instruction, PromptCompletion, Text, TokenIds
 
 TEMPLATE_REASON = "chat template"
 """How the reason of a row begins that does not fit the chat template."""
@@ -31,6 +31,8 @@ class TokenizedExample:
     """int32 (T,)."""
     target_positions: np.ndarray
     """int32 (N,), ascending, each in [1, T), N >= 1."""
+    target_weights: np.ndarray | None = None
+    """float32 (N,), > 0: the data's own weights; None where all are 1."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,18 @@ def choose_template(data: DataConfig, format_name: str, tokenizer: Any) -> str:
             )
         return "tokens"
     has_chat = bool(tokenizer.chat_template)
-    automatic = {"messages": "chat", "prompt_completion": "chat_prompt" if has_chat else "plain"}
-    template = automatic[format_name] if data.template == "auto" else data.template
+    with_chat = {"prompt_completion": "chat_prompt", "alpaca": "chat"}
+    without_turns = format_name == "text" or (format_name in with_chat and not has_chat)
+    automatic = "plain" if without_turns else with_chat.get(format_name, "chat")
+    template = automatic if data.template == "auto" else data.template
+    if format_name == "text" and template != "plain":
+        raise UserError(f"the data holds plain text, which has no turns: data.template={template}; expected plain")
     if template != "plain" and not has_chat:
         raise UserError(
             f"the data holds {format_name} rows and data.template is {template}: that needs a chat template, but the "
             "prior's tokenizer has none; take a prior with one, or prompts and completions with data.template=plain"
         )
-    if template == "plain" and format_name == "messages":
+    if template == "plain" and format_name in ("messages", "sharegpt", "prompt_messages"):
         raise UserError("data.template=plain needs prompts and completions, but the data holds messages")
     if template != "chat" and tokenizer.eos_token_id is None:
         raise UserError(f"data.template={template} ends each row with EOS, but the tokenizer has no eos token")
@@ -98,7 +104,7 @@ class RowTokenizer:
         if not _is_unicode(example.content):
             return DroppedRow(example.row_id, example.source_index, "text with half a surrogate pair", False)
         try:
-            ids, is_target = self._ids_and_targets(example)
+            ids, weights = self._ids_and_weights(example)
         except _TemplateMisfit as error:
             return DroppedRow(example.row_id, example.source_index, f"{TEMPLATE_REASON}: {error}", True)
         if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
@@ -114,49 +120,56 @@ class RowTokenizer:
             if self._data.overlong == "drop":
                 return DroppedRow(example.row_id, example.source_index, reason, False)
         # The first token has nothing before it that could support it: it is never a target.
-        mask = np.array(is_target[:longest], dtype=bool)
-        mask[:1] = False
-        positions = np.flatnonzero(mask).astype(np.int32)
+        weights_T = np.array(weights[:longest], dtype=np.float32)
+        weights_T[:1] = 0.0
+        positions = np.flatnonzero(weights_T).astype(np.int32)
         if not len(positions):
             return DroppedRow(example.row_id, example.source_index, "no target token", False)
-        return TokenizedExample(example.row_id, example.source_index, np.array(ids[:longest], np.int32), positions)
+        given = weights_T[positions] if example.is_weighted else None
+        ids_T = np.array(ids[:longest], np.int32)
+        return TokenizedExample(example.row_id, example.source_index, ids_T, positions, given)
 
-    def _ids_and_targets(self, example: Example) -> tuple[list[int], list[bool]]:
+    def _ids_and_weights(self, example: Example) -> tuple[list[int], list[float]]:
+        """Ids, and the data's own weight of each: 0 where it is no target."""
         content = example.content
         if isinstance(content, TokenIds):
-            return content.input_ids, [True] * len(content.input_ids) if self._all else content.target_mask
+            mask = [True] * len(content.input_ids) if self._all else content.target_mask
+            return content.input_ids, list(map(float, mask))
         if self._template == "plain":
-            assert isinstance(content, PromptCompletion)
+            plain = _as_prompt_completion(content)
             bos = self._tokenizer.bos_token_id
-            prompt = ([] if bos is None else [bos]) + self._encode(content.prompt)
-            return self._joined(prompt, content.completion)
+            prompt = ([] if bos is None else [bos]) + self._encode(plain.prompt)
+            return self._joined(prompt, plain.completion, 1.0)
+        conversation = _as_conversation(content)
+        if self._all and conversation.turn_weights is not None:
+            raise UserError(
+                f"{example.place}: data.targets=all trains on every token alike, but the row has `train` or `weight`: "
+                "take data.targets=completion"
+            )
         if self._template == "chat_prompt":
-            messages, completion = _prompt_and_completion(content)
-            tools = content.tools if isinstance(content, Conversation) else None
-            return self._joined(self._render(messages, tools, True), completion)
-        return self._chat(content)
+            messages, completion = _prompt_and_completion(conversation)
+            weight = conversation.weight_of(len(messages))
+            return self._joined(self._render(messages, conversation.tools, True), completion, weight)
+        return self._chat(conversation)
 
     @property
     def _all(self) -> bool:
         return self._data.targets == "all"
 
-    def _joined(self, prompt: list[int], completion: str) -> tuple[list[int], list[bool]]:
+    def _joined(self, prompt: list[int], completion: str, weight: float) -> tuple[list[int], list[float]]:
         answer = [*self._encode(completion), self._tokenizer.eos_token_id]
-        return prompt + answer, [self._all] * len(prompt) + [True] * len(answer)
+        return prompt + answer, [float(self._all)] * len(prompt) + [weight] * len(answer)
 
-    def _chat(self, content: Conversation | PromptCompletion | TokenIds) -> tuple[list[int], list[bool]]:
-        if isinstance(content, PromptCompletion):
-            turns = [("user", content.prompt), ("assistant", content.completion)]
-            content = Conversation([{"role": role, "content": text} for role, text in turns], None)
-        assert isinstance(content, Conversation)
+    def _chat(self, content: Conversation) -> tuple[list[int], list[float]]:
         messages = content.messages
         ids = self._render(messages, content.tools, False)
-        is_target = [self._all] * len(ids)
+        weights = [float(self._all)] * len(ids)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         for index in turns[-1:] if self._data.targets == "last_turn" else turns:
-            begin, end = self._turn(messages, index, content.tools, ids)
-            is_target[begin:end] = [True] * (end - begin)
-        return ids, is_target
+            if weight := content.weight_of(index):
+                begin, end = self._turn(messages, index, content.tools, ids)
+                weights[begin:end] = [weight] * (end - begin)
+        return ids, weights
 
     def _turn(self, messages: list[dict[str, Any]], index: int, tools: Any, ids: list[int]) -> tuple[int, int]:
         """Where turn `index` stands in the rendering of the whole: [begin, end), its stop token included."""
@@ -202,7 +215,7 @@ def tokenize_rows(
     return kept, [result for result in results if isinstance(result, DroppedRow)]
 
 
-def _is_unicode(content: Conversation | PromptCompletion | TokenIds) -> bool:
+def _is_unicode(content: Content) -> bool:
     """JSON may hold half a surrogate pair, which is no text that a tokenizer takes."""
     if isinstance(content, TokenIds):
         return True
@@ -213,10 +226,27 @@ def _is_unicode(content: Conversation | PromptCompletion | TokenIds) -> bool:
     return True
 
 
-def _prompt_and_completion(content: Conversation | PromptCompletion | TokenIds) -> tuple[list[dict[str, Any]], str]:
+def _as_conversation(content: Content) -> Conversation:
     if isinstance(content, PromptCompletion):
-        return [{"role": "user", "content": content.prompt}], content.completion
-    assert isinstance(content, Conversation)
+        content = Instruction(content.prompt, "", content.completion)
+    if isinstance(content, Instruction):
+        return content.conversation()
+    assert isinstance(content, Conversation), content
+    return content
+
+
+def _as_prompt_completion(content: Content) -> PromptCompletion:
+    if isinstance(content, Instruction):
+        if content.history:
+            raise _TemplateMisfit("earlier turns (data.columns.history) need a chat template; data.template is plain")
+        return content.prompt_completion()
+    if isinstance(content, Text):
+        return PromptCompletion("", content.text)
+    assert isinstance(content, PromptCompletion), content
+    return content
+
+
+def _prompt_and_completion(content: Conversation) -> tuple[list[dict[str, Any]], str]:
     last = content.messages[-1]
     if last["role"] != "assistant" or not isinstance(last.get("content"), str):
         raise _TemplateMisfit("chat_prompt needs a conversation that ends with an assistant's text")

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from shared.errors import UserError
 from shared.files import remove_stale_temporaries, replacing, sha256_of_json
-from shared.score_store import Manifest, read_manifest
+from shared.score_store import TARGET_WEIGHT, Manifest, read_manifest
 from shared.shards import Shard, flatten, open_store, read_batches
 from shared.verify import row_problems
 
@@ -33,7 +33,7 @@ class CachedRow:
     target_positions: np.ndarray
     """int32 (N,)."""
     statistics: dict[str, np.ndarray]
-    """float32 (N,) each."""
+    """float32 (N,) each; with the data's own weights, if any, as `target_weight`."""
 
 
 class RowCounts:
@@ -83,6 +83,11 @@ class ScoreCache:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def is_weighted(self) -> bool:
+        """Whether rows carry the data's own weights, as the column `target_weight`."""
+        return TARGET_WEIGHT in self.columns
+
     def row(self, index: int) -> CachedRow:
         """A row by its place in source order."""
         tokens, targets = self.lengths.slice_of(index), self.num_targets.slice_of(index)
@@ -131,6 +136,8 @@ def open_cache(store: Path, columns: Sequence[str], cache_dir: Path, begun_with:
             have = list(manifest.identity.columns)
             raise UserError(f"{store}: expected the column {name}, which the rule reads; the store has {have}. "
                             f"Score again with score.columns=[{','.join([*have, name])}]")  # fmt: skip
+    if manifest.source.weighted:
+        columns = [*columns, TARGET_WEIGHT]
     folder = cache_dir / _key(manifest, shards)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):

@@ -25,6 +25,7 @@ from shared.config import TrainConfig
 from shared.errors import UserError
 from shared.head import vocab_rows
 from shared.outlook import warnings_of
+from shared.score_store import TARGET_WEIGHT
 from shared.statistics import token_statistics
 from shared.weighting import TargetStatistics, resolve_weighting
 from stage2_train.cache import CachedRow, open_cache
@@ -158,8 +159,11 @@ class ScoreStore:
         return total / num_items.clamp(min=1).to(total.device)
 
     def _weigh_online(self, logits_KV: Tensor, ids_K: Tensor, weights_K: Tensor) -> Tensor:
-        """Weights with those that the labels leave open, as NaN, made from the model's own statistics."""
-        is_open_K = weights_K.isnan()
+        """Weights, those that the labels leave open made from the model's own statistics.
+
+        An open one is the data's own weight with the sign turned: -1 where the data has none.
+        """
+        is_open_K = weights_K < 0
         if not is_open_K.any():
             return weights_K
         if not self._is_online:
@@ -167,7 +171,9 @@ class ScoreStore:
         _refuse_rounded(logits_KV[:1])
         statistics = token_statistics(logits_KV, ids_K, self._weighting.columns)
         is_stop_K = torch.isin(ids_K, self._stop_token_ids.to(ids_K.device))
-        return torch.where(is_open_K, self._weighting.weights(TargetStatistics(statistics), is_stop_K), weights_K)
+        # Where it is not open, what stands there is not the data's own weight, and the product is not used.
+        seen = TargetStatistics(statistics, target_weights_N=-weights_K)
+        return torch.where(is_open_K, self._weighting.weights(seen, is_stop_K), weights_K)
 
     def _examples(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[np.ndarray]]:
         """Ids and labels, int64 (T,) each, of some rows."""
@@ -178,10 +184,12 @@ class ScoreStore:
     def _labels(self, row: CachedRow) -> np.ndarray:
         """int64 (T,): id and weight of each target, at its own position."""
         ids_N = torch.from_numpy(row.input_ids[row.target_positions].astype(np.int64))
-        weights_N = torch.full(ids_N.shape, torch.nan)
+        columns = {name: torch.from_numpy(values.copy()) for name, values in row.statistics.items()}
+        given_N = columns.pop(TARGET_WEIGHT, torch.ones(ids_N.shape))
+        weights_N = -given_N
         if not self._is_online:
-            statistics = {name: torch.from_numpy(values.copy()) for name, values in row.statistics.items()}
-            weights_N = self._weighting.weights(TargetStatistics(statistics), torch.isin(ids_N, self._stop_token_ids))
+            seen = TargetStatistics(columns, target_weights_N=given_N)
+            weights_N = self._weighting.weights(seen, torch.isin(ids_N, self._stop_token_ids))
         labels_T = np.full(len(row.input_ids), _NO_TARGET, dtype=np.int64)
         labels_T[row.target_positions] = _pack(ids_N, weights_N).numpy()
         if not self._keeps_zeros:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shared.config import TrainConfig
+from shared.score_store import TARGET_WEIGHT
 from shared.weighting import TargetStatistics, Weighting
 from stage2_train.batch import Batch
 from stage2_train.cache import ScoreCache
@@ -154,7 +155,9 @@ class StepWeigher:
         return [WeighedBatch(*parts) for parts in zip(batches, weights, scales, strict=True)]
 
     def _weigh(self, statistics: dict[str, Tensor], part: slice, *, batch: Batch, row_nll_R: Tensor | None) -> Tensor:
-        return self._weighting.weights(TargetStatistics(statistics, row_nll_R), batch.is_stop_token_N[part])
+        given_N = batch.prior.get(TARGET_WEIGHT)
+        seen = TargetStatistics(statistics, row_nll_R, None if given_N is None else given_N[part])
+        return self._weighting.weights(seen, batch.is_stop_token_N[part])
 
 
 def _keep(seen: list[dict[str, Tensor]], statistics: dict[str, Tensor], part: slice) -> Tensor:

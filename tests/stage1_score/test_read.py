@@ -229,9 +229,8 @@ def test_malformed_messages(tmp_path: Path, messages: Any):
         read(DataConfig(path=str(path)))
 
 
-@pytest.mark.parametrize("tools", ["[]", {"name": "search"}, 3, ["search"]], ids=lambda tools: repr(tools))
+@pytest.mark.parametrize("tools", ["[", '{"name": "search"}', {"name": "search"}, 3, ["search"]], ids=repr)
 def test_malformed_tools(tmp_path: Path, tools: Any):
-    # A list as JSON text is common in published data; no template takes it.
     path = as_jsonl(tmp_path / "data.jsonl", [{"messages": CHAT}, {"messages": CHAT, "tools": tools}])
     with pytest.raises(UserError, match=r"data\.jsonl:2: expected .*'tools'"):
         read(DataConfig(path=str(path)))
@@ -249,7 +248,8 @@ def test_missing_columns_are_named(tmp_path: Path):
     with pytest.raises(UserError) as refused:
         read(DataConfig(path=str(path)))
     assert str(refused.value) == (
-        f"{path}: expected the columns input_ids+target_mask or messages or prompt+completion, "
+        f"{path}: expected the columns input_ids+target_mask or messages or prompt+completion or "
+        "instruction+output or text, "
         "found 'question', 'answer'; name yours with data.columns.*"
     )
     with pytest.raises(UserError, match=r"expected the columns messages, found"):

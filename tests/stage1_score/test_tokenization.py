@@ -8,7 +8,7 @@ import pytest
 
 from shared.config import DataConfig
 from shared.errors import UserError
-from stage1_score.examples import Conversation, Example, PromptCompletion, TokenIds
+from stage1_score.examples import Conversation, Example, Instruction, PromptCompletion, Text, TokenIds
 from stage1_score.tokenization import DroppedRow, RowTokenizer, TokenizedExample, choose_template, marked_text
 
 BOS, EOS, IM_START, IM_END, TH, THE = 256, 257, 258, 259, 260, 261
@@ -113,6 +113,87 @@ def test_chat_of_several_turns(chat_tokenizer, targets: str, positions: list[int
         MULTI_TURN_IDS,
         positions,
     )
+
+
+def test_weights_of_turns(chat_tokenizer):
+    def weighed(*weights: float, **data: Any) -> TokenizedExample:
+        result = tokenize(chat_tokenizer, Conversation(MULTI_TURN, None, weights), "chat", **data)
+        assert isinstance(result, TokenizedExample), result
+        return result
+
+    both = weighed(0.0, 0.0, 0.5, 0.0, 2.0)
+    assert kept(both) == (MULTI_TURN_IDS, FIRST_TURN + SECOND_TURN)
+    assert both.target_weights is not None
+    assert (both.target_weights.dtype, both.target_weights.tolist()) == (np.float32, [0.5] * 3 + [2.0] * 3)
+    # A weight of zero makes the turn context; weights of one are no weights.
+    for one, positions in (((0, 0, 0, 0, 1), SECOND_TURN), ((0, 0, 1, 0, 0), FIRST_TURN)):
+        assert kept(weighed(*one)) == (MULTI_TURN_IDS, positions)
+        assert weighed(*one).target_weights is None
+    assert weighed(0, 0, 3, 0, 1, targets="last_turn").target_weights.tolist() == [1.0] * 3
+    row = tokenize(chat_tokenizer, Conversation(MULTI_TURN, None, (0, 0, 1, 0, 0)), "chat", targets="last_turn")
+    assert dropped(row).reason == "no target token"
+
+
+def test_the_weight_of_the_last_turn_is_that_of_its_completion(chat_tokenizer):
+    result = tokenize(chat_tokenizer, Conversation(MULTI_TURN, None, (0, 0, 1, 0, 0.25)), "chat_prompt")
+    assert kept(result) == ([*MULTI_TURN_IDS[:59], *b"so", EOS], SECOND_TURN)
+    assert result.target_weights.tolist() == [0.25] * 3
+
+
+def test_weights_go_with_the_targets_that_are_left(chat_tokenizer):
+    content = Conversation(MULTI_TURN, None, (0, 0, 0.5, 0, 2))
+    result = tokenize(chat_tokenizer, content, "chat", max_length=61, overlong="truncate")
+    assert result.target_weights.tolist() == [0.5] * 3 + [2.0] * 2
+
+
+def test_flags_are_refused_where_every_token_is_trained_on(chat_tokenizer):
+    with pytest.raises(UserError, match=r"^data\.jsonl:4: data\.targets=all trains on every token alike"):
+        tokenize(chat_tokenizer, Conversation(MULTI_TURN, None, (0, 0, 0.5, 0, 2)), "chat", targets="all")
+
+
+def test_an_alpaca_row_is_a_conversation_or_a_plain_prompt(chat_tokenizer, plain_tokenizer):
+    row = Instruction("hi", "", "yo", "be", (("a", "b"),))
+    ids, targets = kept(tokenize(chat_tokenizer, row, "chat"))
+    assert ids == [
+        IM_START, *b"system\nbe", IM_END, NEWLINE,
+        IM_START, *b"user\na", IM_END, NEWLINE,
+        IM_START, *b"assistant\nb", IM_END, NEWLINE,
+        IM_START, *b"user\nhi", IM_END, NEWLINE,
+        IM_START, *b"assistant\nyo", IM_END, NEWLINE,
+    ]  # fmt: skip
+    assert [ids[position] for position in targets] == [*b"b", IM_END, *b"yo", IM_END]
+    assert "data.columns.history" in dropped(tokenize(plain_tokenizer, row, "plain")).reason
+    ids, targets = kept(tokenize(plain_tokenizer, Instruction("hi", "", "yo"), "plain"))
+    assert plain_tokenizer.decode(ids).endswith("### Instruction:\nhi\n\n### Response:yo</s>")
+    assert [ids[position] for position in targets] == [*b"yo", EOS]
+
+
+def test_text_is_all_targets(plain_tokenizer):
+    assert kept(tokenize(plain_tokenizer, Text("the"), "plain")) == ([BOS, THE, EOS], [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("format_name", "has_chat", "template"),
+    [
+        ("messages", True, "chat"),
+        ("sharegpt", True, "chat"),
+        ("prompt_messages", True, "chat"),
+        ("alpaca", True, "chat"),
+        ("alpaca", False, "plain"),
+        ("prompt_completion", True, "chat_prompt"),
+        ("prompt_completion", False, "plain"),
+        ("text", True, "plain"),
+        ("text", False, "plain"),
+    ],
+)
+def test_the_template_that_is_chosen(tokenizer_with, format_name: str, has_chat: bool, template: str):
+    tokenizer = tokenizer_with("{{ messages }}" if has_chat else None)
+    assert choose_template(DataConfig(), format_name, tokenizer) == template
+
+
+def test_text_has_no_turns(chat_tokenizer):
+    with pytest.raises(UserError, match=r"plain text, which has no turns: data\.template=chat"):
+        choose_template(DataConfig(template="chat"), "text", chat_tokenizer)
 
 
 def test_the_stop_token_of_a_turn_is_a_target_and_the_newline_after_it_is_not(chat_tokenizer):
