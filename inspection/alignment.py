@@ -15,7 +15,7 @@ import pyarrow as pa
 from inspection.provenance import Span, spans
 from inspection.reading import sound_tables
 from shared.score_store import Manifest
-from shared.shards import Shard
+from shared.shards import MOST_TURNS, Shard, row_keys
 
 Correspondence = Literal["row of the data file", "row_id"]
 
@@ -118,7 +118,8 @@ def _keyed(store: OpenStore, first: int, stop: int, renumber: Callable[[np.ndarr
         planned = store.manifest.source.rows_of_shard(shard.index)
         for table in sound_tables(store.manifest, shard) if planned.stop > first and planned.start < stop else ():
             indices = table.column("source_index").to_numpy()
-            keys = np.where((indices >= first) & (indices < stop), renumber(indices), -1)
+            rows = np.where((indices >= first) & (indices < stop), renumber(indices), -1)
+            keys = np.where(rows >= 0, rows * MOST_TURNS + row_keys(table) % MOST_TURNS, -1)
             if (keys < 0).any():
                 table, keys = table.filter(pa.array(keys >= 0)), keys[keys >= 0]
             if len(keys):

@@ -26,6 +26,7 @@ _MODULES = {
     "stats": "the numbers of a store, or as JSON",
     "diff": "how two stores differ: fields, numbers, decisions that flip",
     "merge": "several stores of one identity into one",
+    "migrate": "a store of an older schema version lifted to this one, without scoring",
     "export": "rows with a rule's weights baked in, for other trainers",
 }
 """Verbs that are a module of this package, with what they do."""

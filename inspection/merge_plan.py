@@ -7,7 +7,7 @@ from pathlib import Path
 from inspection.harmless import harmless
 from inspection.provenance import Span, differing_meanings, differing_sources, field_table, spans
 from shared.errors import UserError
-from shared.score_store import SCHEMA_VERSION, Manifest
+from shared.score_store import Manifest
 from shared.shards import Shard, open_store
 
 _AND = " and "
@@ -47,8 +47,7 @@ def merged_manifest(manifests: Sequence[Manifest]) -> Manifest:
     update = {"files": tuple(files), "limit": None, "extended_at": (), "weighted": is_weighted}
     source = manifests[0].source.model_copy(update=update)
     software = joined([manifest.software for manifest in manifests])
-    update = {"schema_version": SCHEMA_VERSION, "source": source, "software": software}
-    return manifests[0].model_copy(update=update)
+    return manifests[0].model_copy(update={"source": source, "software": software})
 
 
 def open_parts(stores: Sequence[Path]) -> list[Part]:

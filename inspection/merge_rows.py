@@ -14,7 +14,8 @@ from inspection.merge_plan import Part, joined
 from inspection.reading import sound_tables
 from shared.errors import UserError
 from shared.score_store import Manifest
-from shared.shards import ScoredRow, Shard, dropped_path, write_shard
+from shared.shards import ScoredRow, Shard, read_dropped, write_shard
+from shared.verify import vanished_rows
 from stage1_score.cross_check import scored_rows
 
 _Entry = tuple[int, ScoredRow | dict[str, Any]]
@@ -77,18 +78,9 @@ def _kept_or_listed(part: Part, row: ScoredRow) -> ScoredRow | dict[str, Any]:
 
 def _dropped(part: Part, shard: Shard) -> list[dict[str, Any]]:
     """The dropped rows of a shard, in order, every row that the shard lacks among them."""
-    path = dropped_path(part.store, shard.index)
-    try:
-        listed = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        listed = sorted(listed, key=lambda row: row["source_index"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: expected the list of dropped rows: {error}") from None
-    planned = part.manifest.source.rows_of_shard(shard.index)
-    if shard.num_rows + len(listed) != len(planned) or any(row["source_index"] not in planned for row in listed):
-        raise UserError(
-            f"{shard.path}: {shard.num_rows} rows and {len(listed)} dropped ones are not the {len(planned)} planned; "
-            "prift-inspect verify says more"
-        )
+    listed = read_dropped(shard)
+    if problems := vanished_rows(shard, part.manifest):
+        raise UserError(f"{problems[0]}; prift-inspect verify says more")
     return listed
 
 
@@ -107,10 +99,11 @@ class _Software:
         """The values of all shards that hold some of these rows of the new store, joined where they differ."""
         first = bisect_right(self._ranges, rows.start, key=lambda it: it[0].stop)
         last = bisect_left(self._ranges, rows.stop, key=lambda it: it[0].start)
-        return joined([_software_of(shard) for _, shard in self._ranges[first:last]])
+        return joined([software_of(shard) for _, shard in self._ranges[first:last]])
 
 
-def _software_of(shard: Shard) -> dict[str, str]:
+def software_of(shard: Shard) -> dict[str, str]:
+    """What a shard's footer says of what made it."""
     footer = json.loads((pq.read_schema(shard.path).metadata or {})[b"prift"])
     counts = {"fingerprint", "shard", "num_rows", "num_tokens", "num_targets", "digest"}
     return {name: value for name, value in footer.items() if name not in counts}

@@ -73,9 +73,9 @@ def _headline(found: "FoundRow", manifest: "Manifest") -> list[str]:
         f"row {row.row_id} (#{row.source_index}), row {place} of {span.file.path}: {len(row.input_ids):,} tokens, "
         f"{len(row.target_positions):,} targets, mean logprob {row.statistics['logprob'].mean():.4f} nats"
     ]
-    if found.num_of_id > 1:
-        others = ", ".join(f"'#{index}'" for index in found.others)
-        rest = found.num_of_id - 1 - len(found.others)
+    if found.num_found > 1:
+        others = ", ".join(f"'{name}'" for name in found.others)
+        rest = found.num_found - 1 - len(found.others)
         more = f" and {rest:,} more" if rest else ""
-        lines.append(f"{found.num_of_id:,} rows have this id, this is the first; the others: {others}{more}")
+        lines.append(f"{found.num_found:,} rows have this id, this is the first; the others: {others}{more}")
     return lines

@@ -125,6 +125,9 @@ class DataConfig(_Strict):
     """The day that a chat template is told is today, so that the ids do not change overnight."""
     targets: Literal["completion", "last_turn", "all"] = "completion"
     """Which tokens are trained on: all assistant turns, the last one only, or every token but the first."""
+    split_turns: bool = True
+    """A conversation whose turns the chat template renders otherwise once others follow (Qwen3 leaves earlier thinking
+    out) becomes a row for each trained turn, in the context in which it is generated; false: it is dropped."""
     max_length: int = Field(default=2048, ge=2)
     """Longest row in tokens."""
     overlong: Literal["drop", "truncate", "error"] = "drop"

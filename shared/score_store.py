@@ -7,6 +7,7 @@ of itself: identity, source, plan of shards. `shared/shards.py` writes and reads
 import fcntl
 import json
 import os
+import shlex
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -26,9 +27,8 @@ from shared.errors import UserError
 from shared.files import create_json, replacing, sha256_of_json
 from shared.pretrained import TokenizerContent
 
-SCHEMA_VERSION = 1
-EXTENDED_SCHEMA_VERSION = 2
-"""Of a store that grew: a reader of version 1 would look for its rows in the wrong shards."""
+SCHEMA_VERSION = 3
+"""Of stores that are made now. Versions 1 and 2 are read as they are, and lifted by `prift-inspect migrate`."""
 MANIFEST_NAME = "store.json"
 TARGET_WEIGHT = "target_weight"
 """Column of the data's own weights of targets, which multiply the rule's."""
@@ -58,6 +58,9 @@ class Identity(_Record):
     template: str
     """chat, chat_prompt, plain, or tokens for data that came tokenised."""
     targets: str
+    split_turns: bool | None = None
+    """Whether a conversation may have become a row for each trained turn, and so shards have the column turn; None in
+    versions 1 and 2, which did not know it, and left out of their fingerprint."""
     max_length: int
     overlong: str
     special_tokens: str
@@ -69,6 +72,11 @@ class Identity(_Record):
     engine: str
     statistics_version: int
     columns: tuple[str, ...]
+
+    @model_serializer(mode="wrap")
+    def _as_in_its_version(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = serialize(self)
+        return {name: it for name, it in fields.items() if name != "split_turns" or it is not None}
 
     def fingerprint(self) -> str:
         """Hex sha256 of the identity."""
@@ -155,6 +163,24 @@ class Manifest(_Record):
     software: dict[str, str]
     """Versions of what made the store; recorded, not compared."""
 
+    @model_validator(mode="after")
+    def _is_of_its_version(self) -> Self:
+        if (self.schema_version >= 3) != (self.identity.split_turns is not None):
+            raise ValueError(
+                f"schema_version={self.schema_version}, but identity.split_turns={self.identity.split_turns}"
+            )
+        if self.schema_version < 3 and self.source.weighted:
+            raise ValueError(f"schema_version={self.schema_version}, but source.weighted=True")
+        if self.schema_version < 2 and self.source.extended_at:
+            raise ValueError(f"schema_version={self.schema_version}, but the store grew at {self.source.extended_at}")
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns of the shards, in order."""
+        turn = ("turn",) if self.identity.split_turns else ()
+        return ("row_id", "source_index", *turn, "input_ids", *self.float_columns)
+
     @property
     def float_columns(self) -> tuple[str, ...]:
         """Columns of the shards with one float32 per target: the statistics, and the data's own weights if any."""
@@ -175,10 +201,10 @@ def read_manifest(store: Path) -> Manifest:
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if version not in (SCHEMA_VERSION, EXTENDED_SCHEMA_VERSION):
+    if isinstance(version, bool) or version not in range(1, SCHEMA_VERSION + 1):
         raise UserError(
-            f"{path}: expected schema version {SCHEMA_VERSION} or {EXTENDED_SCHEMA_VERSION}, found {version!r}: the "
-            "store was made by another version of prift; score again, or use that version"
+            f"{path}: expected a schema version from 1 to {SCHEMA_VERSION}, found {version!r}: the store was made by "
+            "another version of prift; score again, or use that version"
         )
     try:
         manifest = Manifest.model_validate(content)
@@ -207,6 +233,11 @@ def create_or_match(store: Path, wanted: Manifest, command: Sequence[str]) -> Ma
     if not (store / MANIFEST_NAME).exists() and create_json(store / MANIFEST_NAME, wanted.model_dump(mode="json")):
         return wanted
     found = read_manifest(store)
+    if found.schema_version != wanted.schema_version:
+        raise UserError(
+            f"{store} is of schema version {found.schema_version}, this prift writes {wanted.schema_version}: lift it "
+            f"without scoring again by `prift-inspect migrate {shlex.quote(str(store))} -o NEW`, and go on with that"
+        )
     differences = differing_fields(found, wanted)
     if differences:
         raise UserError(_refusal(store, differences, command))
@@ -236,7 +267,7 @@ def replace_manifest(store: Path, found: Manifest, grown: Manifest) -> None:
 
 def differing_fields(found: Manifest, wanted: Manifest) -> list[tuple[str, Any, Any]]:
     """Fields (name, stored, wanted) in which a store does not serve a request. A surplus of columns does."""
-    old, new = found.identity.model_dump(), wanted.identity.model_dump()
+    old, new = dict(found.identity), dict(wanted.identity)
     if set(new["columns"]) <= set(old["columns"]):
         old["columns"] = new["columns"]
     pairs = [(f"identity.{name}", old[name], new[name]) for name in old]
@@ -251,8 +282,6 @@ def _contents(source: Source) -> list[tuple[str, int]]:
 
 
 def _refusal(store: Path, differences: list[tuple[str, Any, Any]], command: Sequence[str]) -> str:
-    import shlex
-
     rows = [
         ("field", "in the store", "asked for"),
         *[(name, _short(old), _short(new)) for name, old, new in differences],

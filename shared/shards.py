@@ -36,6 +36,8 @@ class ScoredRow:
     """int32 (N,), ascending, each in [1, T)."""
     statistics: dict[str, np.ndarray]
     """Statistic name to float32 (N,); with the data's own weights, if any, as `target_weight`."""
+    turn: int | None = None
+    """Index of the message that alone is trained on here; None where the row holds all that its conversation trains."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def write_shard(
         dropped: {row_id, source_index, reason} of the rest.
         software: engine, versions, device and attention backend; recorded.
     """
-    table = _to_table(rows, manifest.float_columns)
+    table = _to_table(rows, manifest)
     digest = _Digest(table.schema.names)
     digest.update(table)
     footer = {
@@ -122,7 +124,7 @@ def read_footer(path: Path, manifest: Manifest, index: int) -> Shard:
     for name, value in expected.items():
         if footer.get(name) != value:
             raise UserError(f"{path}: its footer says {name}={footer.get(name)!r}, expected {value!r}")
-    planned = ["row_id", "source_index", "input_ids", *manifest.float_columns]
+    planned = list(manifest.columns)
     if columns != planned:
         raise UserError(f"{path}: expected the columns {planned}, found {columns}; remove it and score again")
     return Shard(path, index, num_rows, footer["num_tokens"], footer["num_targets"], footer["digest"])
@@ -146,6 +148,22 @@ def open_store(store: Path, num_shards: int | None = None) -> tuple[Manifest, li
             f"{missing[0]}; run prift-score again to finish it"
         )
     return manifest, [read_footer(shard_path(store, index), manifest, index) for index in planned]
+
+
+def read_dropped(shard: Shard) -> list[dict[str, Any]]:
+    """The rows of a shard's source that could not be scored: {row_id, source_index, reason}, in order of the source.
+
+    Raises:
+        UserError: the list is missing or damaged.
+    """
+    path = dropped_path(shard.path.parent, shard.index)
+    try:
+        listed = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(type(row["source_index"]) is int for row in listed):
+            raise TypeError("a source_index is no integer")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: expected the list of dropped rows: {first_line(error)}") from None
+    return sorted(listed, key=lambda row: row["source_index"])
 
 
 def read_batches(shard: Shard, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -172,6 +190,24 @@ def read_batches(shard: Shard, columns: Sequence[str] | None = None) -> Iterator
             f"{shard.path}: its values are not those that were scored (the digest differs): ids or columns were "
             "shifted, swapped or edited; remove it and score again"
         )
+
+
+MOST_TURNS = 1 << 20
+"""Every `turn` is below it."""
+
+
+def row_keys(table: pa.Table) -> np.ndarray:
+    """What tells the rows of a store apart, int64, ascending in a sound one.
+
+    `source_index * MOST_TURNS`, plus 1 and the turn where a conversation was split into its turns.
+
+    Args:
+        table: with `source_index`, and `turn` where the shards have it.
+    """
+    indices = table.column("source_index").to_numpy()
+    if "turn" not in table.column_names:
+        return indices * MOST_TURNS
+    return indices * MOST_TURNS + table.column("turn").fill_null(-1).to_numpy() + 1
 
 
 @dataclass(frozen=True)
@@ -224,7 +260,7 @@ def _values(row: ScoredRow, name: str) -> np.ndarray:
     return row.statistics[name]
 
 
-def _to_table(rows: Sequence[ScoredRow], columns: Sequence[str]) -> pa.Table:
+def _to_table(rows: Sequence[ScoredRow], manifest: Manifest) -> pa.Table:
     lengths = np.array([len(row.input_ids) for row in rows], dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     ids = np.concatenate([row.input_ids for row in rows]) if rows else np.zeros(0, np.int32)
@@ -238,9 +274,11 @@ def _to_table(rows: Sequence[ScoredRow], columns: Sequence[str]) -> pa.Table:
         "source_index": pa.array([row.source_index for row in rows], pa.int64()),
         "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids, pa.int32())),
     }
-    for name in columns:
+    if manifest.identity.split_turns:
+        arrays["turn"] = pa.array([row.turn for row in rows], pa.int32())
+    for name in manifest.float_columns:
         values = np.zeros(len(ids), dtype=np.float32)
         if rows:
             values[positions] = np.concatenate([_values(row, name) for row in rows])
         arrays[name] = pa.ListArray.from_arrays(offsets, pa.array(values, pa.float32(), mask=no_target))
-    return pa.table(arrays)
+    return pa.table(arrays).select(list(manifest.columns))

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from shared.errors import UserError
 from shared.score_store import TARGET_WEIGHT, TARGET_WEIGHT_BOUNDS, Manifest, read_manifest
-from shared.shards import FlatColumn, Shard, dropped_path, flatten, open_store, read_batches
+from shared.shards import MOST_TURNS, FlatColumn, Shard, flatten, open_store, read_batches, read_dropped, row_keys
 
 _RANGES = {
     "logprob": (-np.inf, 0.0),
@@ -21,6 +21,8 @@ _RANGES = {
     TARGET_WEIGHT: tuple(np.array(TARGET_WEIGHT_BOUNDS, np.float32).tolist()),
 }
 """Closed range of each statistic; ln 20 = 2.9957."""
+
+_INDEX = ["source_index"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def verify_store(store: Path, most_problems: int = 10) -> Verification:
         return Verification(0, 0, [str(error)])
     for shard in shards:
         try:
-            problems += _vanished_rows(shard, manifest)
+            problems += vanished_rows(shard, manifest)
             for table in read_batches(shard):
                 num_rows += table.num_rows
                 num_targets += int(flatten(table.column("logprob")).valid.sum())
@@ -68,7 +70,7 @@ def row_problems(table: pa.Table, manifest: Manifest, shard: Shard) -> list[str]
     planned = manifest.source.rows_of_shard(shard.index)
     ids = flatten(table.column("input_ids"))
     found = [
-        ("source_index is not ascending within the shard's source rows", _not_ascending(indices, planned)),
+        ("source_index is not ascending within the shard's source rows", _not_ascending(table, planned)),
         ("a token id is null or outside the vocabulary", _rows_of(ids, ~ids.valid | _outside(ids, manifest))),
     ]
     first = flatten(table.column("logprob"))
@@ -88,14 +90,20 @@ def row_problems(table: pa.Table, manifest: Manifest, shard: Shard) -> list[str]
     return list(_described(found, row_ids, indices, shard))
 
 
-def _vanished_rows(shard: Shard, manifest: Manifest) -> list[str]:
-    """Every source row is either in the shard or listed beside it with the reason."""
-    listed = dropped_path(shard.path.parent, shard.index)
-    num_dropped = len(listed.read_text(encoding="utf-8").splitlines()) if listed.is_file() else 0
-    num_planned = len(manifest.source.rows_of_shard(shard.index))
-    if shard.num_rows + num_dropped == num_planned:
-        return []
-    return [f"{shard.path}: {shard.num_rows} rows and {num_dropped} dropped ones are not the {num_planned} planned"]
+def vanished_rows(shard: Shard, manifest: Manifest) -> list[str]:
+    """Every source row is either in the shard or listed beside it with the reason, or, split into turns, both."""
+    planned = manifest.source.rows_of_shard(shard.index)
+    scored = np.concatenate([np.zeros(0, np.int64), *(t.column(0).to_numpy() for t in read_batches(shard, _INDEX))])
+    dropped = np.array([row["source_index"] for row in read_dropped(shard)], np.int64)
+    if not manifest.identity.split_turns and len(scored) + len(dropped) != len(planned):
+        return [f"{shard.path}: {len(scored)} rows and {len(dropped)} dropped ones are not the {len(planned)} planned"]
+    found = np.unique(np.concatenate([scored, dropped]))
+    lost = np.setdiff1d(np.arange(planned.start, planned.stop), found)
+    if len(lost):
+        return [f"{shard.path}: {len(lost)} source rows, the first {lost[0]}, are neither in it nor among the dropped"]
+    if len(found) > len(planned):
+        return [f"{shard.path}: its rows and dropped rows are of {len(found)} source rows, {len(planned)} are planned"]
+    return []
 
 
 def _described(
@@ -107,9 +115,10 @@ def _described(
             yield f"{shard.path}: row {row_ids[row]!r} (source_index {indices[row]}): {what}"
 
 
-def _not_ascending(indices: np.ndarray, planned: range) -> np.ndarray:
-    outside = (indices < planned.start) | (indices >= planned.stop)
-    return outside | np.concatenate([[False], np.diff(indices) <= 0])[: len(indices)]
+def _not_ascending(table: pa.Table, planned: range) -> np.ndarray:
+    keys = row_keys(table)
+    outside = (keys < planned.start * MOST_TURNS) | (keys >= planned.stop * MOST_TURNS)
+    return outside | np.concatenate([[False], np.diff(keys) <= 0])[: len(keys)]
 
 
 def _outside(ids: FlatColumn, manifest: Manifest) -> np.ndarray:

@@ -227,7 +227,7 @@ def _within(ordinals: np.ndarray, first: int, count: int) -> np.ndarray:
 
 def _rows_of_shard(shard: Shard, wanted: np.ndarray, manifest: Manifest) -> Iterator[ScoredRow]:
     # All columns by name: the digest is not compared, so an edited value shows as the difference that it makes.
-    names = ["row_id", "source_index", "input_ids", *manifest.float_columns]
+    names = list(manifest.columns)
     first = 0
     for table in read_batches(shard, names):
         sample = table.take(pa.array(_within(wanted, first, table.num_rows)))
@@ -247,12 +247,13 @@ def scored_rows(table: pa.Table, columns: Sequence[str]) -> Iterator[ScoredRow]:
     ids_of_all = ids.values.copy()
     flat = {column: flatten(table.column(column)) for column in columns}
     row_ids, indices = table.column("row_id").to_pylist(), table.column("source_index").to_pylist()
+    turns = table.column("turn").to_pylist() if "turn" in table.column_names else [None] * table.num_rows
     stop = 0
-    for row_id, index, length in zip(row_ids, indices, ids.lengths, strict=True):
+    for row_id, index, turn, length in zip(row_ids, indices, turns, ids.lengths, strict=True):
         start, stop = stop, stop + int(length)
         positions = np.flatnonzero(flat["logprob"].valid[start:stop]).astype(np.int32)
         statistics = {column: flat[column].values[start:stop][positions] for column in columns}
-        yield ScoredRow(row_id, index, ids_of_all[start:stop], positions, statistics)
+        yield ScoredRow(row_id, index, ids_of_all[start:stop], positions, statistics, turn)
 
 
 def _rescore(

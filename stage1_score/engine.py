@@ -71,4 +71,6 @@ def scored_row(example: TokenizedExample, columns: Sequence[str], values_CN: np.
     statistics = {column: values_CN[index] for index, column in enumerate(columns)}
     if example.target_weights is not None:
         statistics[TARGET_WEIGHT] = example.target_weights
-    return ScoredRow(example.row_id, example.source_index, example.input_ids, example.target_positions, statistics)
+    return ScoredRow(
+        example.row_id, example.source_index, example.input_ids, example.target_positions, statistics, example.turn
+    )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from shared.errors import UserError
-from shared.score_store import EXTENDED_SCHEMA_VERSION, DataFile, Manifest, Source
+from shared.score_store import DataFile, Manifest, Source
 
 _CHUNK = 1 << 20
 
@@ -44,8 +44,7 @@ def grown_manifest(found: Manifest, now: Source) -> Manifest | None:
     grew = now.num_rows > old.num_rows and old.num_rows > 0
     extended_at = (*old.extended_at, old.num_rows) if grew else old.extended_at
     source = now.model_copy(update={"extended_at": extended_at, "weighted": old.weighted})
-    version = EXTENDED_SCHEMA_VERSION if extended_at else found.schema_version
-    return found.model_copy(update={"source": source, "schema_version": version})
+    return found.model_copy(update={"source": source})
 
 
 def _refuse_other_beginning(before: DataFile, after: DataFile, is_last: bool) -> None:

@@ -45,6 +45,8 @@ def build_manifest(
         template_arguments=sha256_of_json(arguments) if is_chat else None,
         template=template,
         targets=config.data.targets,
+        # Where no chat template puts several turns into a row, there is nothing to split.
+        split_turns=config.data.split_turns and template == "chat",
         max_length=config.data.max_length,
         overlong=config.data.overlong,
         special_tokens=_SPECIAL_TOKENS[template],

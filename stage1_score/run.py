@@ -8,7 +8,7 @@ from typing import Any
 from shared.config import Config
 from shared.errors import UserError
 from shared.score_store import create_or_match, read_manifest, replace_manifest
-from shared.shards import open_store, shard_path
+from shared.shards import open_store, read_dropped, shard_path
 from shared.stopping import StopSwitch, stop_switch
 from stage1_score.choose_engine import choose_device, load_engine
 from stage1_score.dispatch import Dispatcher, Pool
@@ -123,7 +123,8 @@ class Job:
 
     def _on_done(self, report: ShardReport) -> None:
         self._metrics.add(report)
-        self._progress.add(report.num_dropped, 0)
+        # Counted so far are rows that were scored: those of one conversation may be several.
+        self._progress.add(len(self._plan.manifest.source.rows_of_shard(report.shard)) - report.num_rows, 0)
         self._num_misfits += report.num_misfits
         refuse_misfits(self._num_misfits, self._plan.manifest.source.num_rows, report.first_misfit)
 
@@ -145,10 +146,11 @@ def _summarise(store: Path, part: str | None) -> None:
         return
     manifest, shards = open_store(store)
     num_rows, num_targets = sum(shard.num_rows for shard in shards), sum(shard.num_targets for shard in shards)
+    num_dropped = sum(len(read_dropped(shard)) for shard in shards)
     num_bytes = sum(shard.path.stat().st_size for shard in shards)
     if not num_rows:
         raise UserError(f"{store}: no row left with a target; see the .dropped.jsonl files for the reasons")
     print(
-        f"{store}: {num_rows:,} rows kept, {manifest.source.num_rows - num_rows:,} dropped (see *.dropped.jsonl), "
+        f"{store}: {num_rows:,} rows kept, {num_dropped:,} dropped (see *.dropped.jsonl), "
         f"{num_targets:,} targets, {num_bytes / 1e6:,.1f} MB, fingerprint {manifest.fingerprint[:12]}"
     )

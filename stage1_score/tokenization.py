@@ -1,20 +1,19 @@
 """From `Example` to `TokenizedExample`: which ids the prior sees, and which of them are targets.
 
-A conversation is rendered by the model's own template. Where its assistant turns cannot be found exactly, the
-row is dropped with the reason; a mask is never guessed.
+A conversation is rendered by the model's own template (`stage1_score/chat.py`). Where its assistant turns cannot be
+found exactly, the row is dropped with the reason; a mask is never guessed.
 """
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
 from shared.config import DataConfig
 from shared.errors import UserError
+from stage1_score.chat import ChatRenderer, MisfitTurn, RenderedRow, TemplateMisfit
 from stage1_score.examples import Content, Conversation, Example, Instruction, PromptCompletion, Text, TokenIds
 
 TEMPLATE_REASON = "chat template"
@@ -33,6 +32,8 @@ class TokenizedExample:
     """int32 (N,), ascending, each in [1, T), N >= 1."""
     target_weights: np.ndarray | None = None
     """float32 (N,), > 0: the data's own weights; None where all are 1."""
+    turn: int | None = None
+    """Index of the message that alone is trained on here; None where the row holds all that its conversation trains."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,6 @@ class DroppedRow:
 
     def __str__(self) -> str:
         return f"row {self.row_id!r} (source_index {self.source_index}): {self.reason}"
-
-
-class _TemplateMisfit(Exception):
-    """The turns of a conversation cannot be found exactly in its rendering."""
 
 
 def choose_template(data: DataConfig, format_name: str, tokenizer: Any) -> str:
@@ -92,54 +89,59 @@ class RowTokenizer:
 
     def __init__(self, tokenizer: Any, data: DataConfig, template: str, stop_ids: frozenset[int], vocab_size: int):
         self._tokenizer, self._data, self._template = tokenizer, data, template
-        self._stop_ids, self._vocab_size = stop_ids, vocab_size
-        self._today = datetime.fromisoformat(data.template_date)
+        self._vocab_size = vocab_size
+        self._chat = ChatRenderer(tokenizer, data, stop_ids)
 
-    def tokenize(self, example: Example) -> TokenizedExample | DroppedRow:
-        """Ids and targets of a row, or why there are none.
+    def tokenize(self, example: Example) -> list[TokenizedExample | DroppedRow]:
+        """Ids and targets of a row, or why there are none; several where a conversation is split into its turns.
 
         Raises:
             UserError: an id beyond the vocabulary, or a row that is too long where data.overlong=error.
         """
         if not _is_unicode(example.content):
-            return DroppedRow(example.row_id, example.source_index, "text with half a surrogate pair", False)
+            return [DroppedRow(example.row_id, example.source_index, "text with half a surrogate pair", False)]
         try:
-            ids, weights = self._ids_and_weights(example)
-        except _TemplateMisfit as error:
-            return DroppedRow(example.row_id, example.source_index, f"{TEMPLATE_REASON}: {error}", True)
+            rendered = self._rendered(example)
+        except TemplateMisfit as error:
+            return [DroppedRow(example.row_id, example.source_index, f"{TEMPLATE_REASON}: {error}", True)]
+        return [self._finished(example, row) for row in rendered]
+
+    def _finished(self, example: Example, row: RenderedRow | MisfitTurn) -> TokenizedExample | DroppedRow:
+        row_id = example.row_id if row.turn is None else f"{example.row_id}#{row.turn}"
+        if isinstance(row, MisfitTurn):
+            return DroppedRow(row_id, example.source_index, f"{TEMPLATE_REASON}: {row.reason}", True)
+        ids, longest = row.ids, self._data.max_length
         if ids and not 0 <= min(ids) <= max(ids) < self._vocab_size:
             wrong = next(token for token in ids if not 0 <= token < self._vocab_size)
             raise UserError(
                 f"{example.place}: token id {wrong} is outside the prior's vocabulary of {self._vocab_size}"
             )
-        longest = self._data.max_length
         if len(ids) > longest:
             reason = f"{len(ids)} tokens, data.max_length is {longest}"
             if self._data.overlong == "error":
                 raise UserError(f"{example.place}: {reason}; data.overlong=drop or truncate goes on")
             if self._data.overlong == "drop":
-                return DroppedRow(example.row_id, example.source_index, reason, False)
+                return DroppedRow(row_id, example.source_index, reason, False)
         # The first token has nothing before it that could support it: it is never a target.
-        weights_T = np.array(weights[:longest], dtype=np.float32)
+        weights_T = np.array(row.weights[:longest], dtype=np.float32)
         weights_T[:1] = 0.0
         positions = np.flatnonzero(weights_T).astype(np.int32)
         if not len(positions):
-            return DroppedRow(example.row_id, example.source_index, "no target token", False)
+            return DroppedRow(row_id, example.source_index, "no target token", False)
         given = weights_T[positions] if example.is_weighted else None
         ids_T = np.array(ids[:longest], np.int32)
-        return TokenizedExample(example.row_id, example.source_index, ids_T, positions, given)
+        return TokenizedExample(row_id, example.source_index, ids_T, positions, given, row.turn)
 
-    def _ids_and_weights(self, example: Example) -> tuple[list[int], list[float]]:
-        """Ids, and the data's own weight of each: 0 where it is no target."""
+    def _rendered(self, example: Example) -> list[RenderedRow | MisfitTurn]:
         content = example.content
         if isinstance(content, TokenIds):
             mask = [True] * len(content.input_ids) if self._all else content.target_mask
-            return content.input_ids, list(map(float, mask))
+            return [RenderedRow(content.input_ids, list(map(float, mask)))]
         if self._template == "plain":
             plain = _as_prompt_completion(content)
             bos = self._tokenizer.bos_token_id
             prompt = ([] if bos is None else [bos]) + self._encode(plain.prompt)
-            return self._joined(prompt, plain.completion, 1.0)
+            return [self._joined(prompt, plain.completion, 1.0)]
         conversation = _as_conversation(content)
         if self._all and conversation.turn_weights is not None:
             raise UserError(
@@ -149,58 +151,16 @@ class RowTokenizer:
         if self._template == "chat_prompt":
             messages, completion = _prompt_and_completion(conversation)
             weight = conversation.weight_of(len(messages))
-            return self._joined(self._render(messages, conversation.tools, True), completion, weight)
-        return self._chat(conversation)
+            return [self._joined(self._chat.prompt(messages, conversation.tools), completion, weight)]
+        return self._chat.rows(conversation)
 
     @property
     def _all(self) -> bool:
         return self._data.targets == "all"
 
-    def _joined(self, prompt: list[int], completion: str, weight: float) -> tuple[list[int], list[float]]:
+    def _joined(self, prompt: list[int], completion: str, weight: float) -> RenderedRow:
         answer = [*self._encode(completion), self._tokenizer.eos_token_id]
-        return prompt + answer, [float(self._all)] * len(prompt) + [weight] * len(answer)
-
-    def _chat(self, content: Conversation) -> tuple[list[int], list[float]]:
-        messages = content.messages
-        ids = self._render(messages, content.tools, False)
-        weights = [float(self._all)] * len(ids)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        for index in turns[-1:] if self._data.targets == "last_turn" else turns:
-            if weight := content.weight_of(index):
-                begin, end = self._turn(messages, index, content.tools, ids)
-                weights[begin:end] = [weight] * (end - begin)
-        return ids, weights
-
-    def _turn(self, messages: list[dict[str, Any]], index: int, tools: Any, ids: list[int]) -> tuple[int, int]:
-        """Where turn `index` stands in the rendering of the whole: [begin, end), its stop token included."""
-        before = self._render(messages[:index], tools, True)
-        through = self._render(messages[: index + 1], tools, False)
-        end = next((i + 1 for i in reversed(range(len(through))) if through[i] in self._stop_ids), 0)
-        # What follows the stop token may be a newline of the template; text there means that the stop token stood
-        # inside the turn, and none ends it.
-        if end <= len(before) or self._tokenizer.decode(through[end:]).strip():
-            raise _TemplateMisfit(f"the assistant turn {index} does not end on a stop token")
-        if ids[: len(before)] != before or ids[:end] != through[:end]:
-            raise _TemplateMisfit(f"the conversation up to message {index} is not rendered as a prefix of the whole")
-        return len(before), end
-
-    def _render(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> list[int]:
-        if not messages:
-            raise _TemplateMisfit("nothing stands before the first assistant turn")
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=False,
-                # A template that prints today's date would give other ids tomorrow.
-                strftime_now=self._today.strftime,
-                **self._data.template_arguments,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            # A template is a program of somebody else's: what it trips over comes up as it is.
-            raise _TemplateMisfit(str(error)) from None
+        return RenderedRow(prompt + answer, [float(self._all)] * len(prompt) + [weight] * len(answer))
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
@@ -210,7 +170,7 @@ def tokenize_rows(
     examples: Iterable[Example], row_tokenizer: RowTokenizer
 ) -> tuple[list[TokenizedExample], list[DroppedRow]]:
     """Kept and dropped rows, each in order."""
-    results = [row_tokenizer.tokenize(example) for example in examples]
+    results = [result for example in examples for result in row_tokenizer.tokenize(example)]
     kept = [result for result in results if isinstance(result, TokenizedExample)]
     return kept, [result for result in results if isinstance(result, DroppedRow)]
 
@@ -238,7 +198,7 @@ def _as_conversation(content: Content) -> Conversation:
 def _as_prompt_completion(content: Content) -> PromptCompletion:
     if isinstance(content, Instruction):
         if content.history:
-            raise _TemplateMisfit("earlier turns (data.columns.history) need a chat template; data.template is plain")
+            raise TemplateMisfit("earlier turns (data.columns.history) need a chat template; data.template is plain")
         return content.prompt_completion()
     if isinstance(content, Text):
         return PromptCompletion("", content.text)
@@ -249,7 +209,7 @@ def _as_prompt_completion(content: Content) -> PromptCompletion:
 def _prompt_and_completion(content: Conversation) -> tuple[list[dict[str, Any]], str]:
     last = content.messages[-1]
     if last["role"] != "assistant" or not isinstance(last.get("content"), str):
-        raise _TemplateMisfit("chat_prompt needs a conversation that ends with an assistant's text")
+        raise TemplateMisfit("chat_prompt needs a conversation that ends with an assistant's text")
     return content.messages[:-1], last["content"]
 
 

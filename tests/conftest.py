@@ -214,6 +214,7 @@ def manifest_with() -> Callable[..., Any]:
             **{
                 "prior_weights": "a" * 64, "prior_config": "b" * 64, "quantization": None, "tokenizer_files": "c" * 64,
                 "chat_template": None, "template_arguments": None, "template": "tokens", "targets": "completion",
+                "split_turns": False,
                 "max_length": 64, "overlong": "drop", "special_tokens": "as given", "weight_dtype": "float32",
                 "compute_dtype": "float64", "head_dtype": "float32", "engine": "transformers", "statistics_version": 1,
                 "columns": ("logprob", "mass_rank", "entropy"), **fields,

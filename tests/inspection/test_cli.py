@@ -50,10 +50,10 @@ def test_no_store_is_exit_2(prift_inspect, tmp_path: Path):
 
 def test_another_schema_version_is_exit_2(prift_inspect, store: Path):
     path = store / "store.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 7'))
+    path.write_text(path.read_text().replace('"schema_version": 3', '"schema_version": 7'))
     outcome = prift_inspect("verify", store)
     assert outcome.code == 2
-    assert "expected schema version 1 or 2, found 7" in outcome.stderr
+    assert "expected a schema version from 1 to 3, found 7" in outcome.stderr
 
 
 def test_an_unknown_verb_is_exit_2(prift_inspect):

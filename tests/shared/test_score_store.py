@@ -30,14 +30,22 @@ def test_the_fingerprint_covers_every_field_of_the_identity(manifest_with):
     seen = {base.fingerprint()}
     for name in Identity.model_fields:
         value = getattr(base, name)
-        other = value + 1 if isinstance(value, int) else ("logprob",) if name == "columns" else f"{value}x"
+        other = (
+            not value
+            if isinstance(value, bool)
+            else value + 1
+            if isinstance(value, int)
+            else ("logprob",)
+            if name == "columns"
+            else f"{value}x"
+        )
         seen.add(base.model_copy(update={name: other}).fingerprint())
     assert len(seen) == 1 + len(Identity.model_fields)
 
 
 def test_the_fingerprint_is_the_same_in_every_process(manifest_with):
     # Written out: a salted or version-dependent hash would not give it again.
-    assert manifest_with().fingerprint == "aa624c9d3f1e5fcb42647f1b1598b5f6c8014715394460c883c21d9d06266ba9"
+    assert manifest_with().fingerprint == "c6b4b1fb557d1df83eb33d6aef0f1566519340d39bef5ad9578d448ac0269034"
 
 
 def test_nothing_but_the_identity_is_hashed(manifest_with):
@@ -94,7 +102,10 @@ def test_more_columns_than_asked_for_satisfy(tmp_path: Path, manifest_with):
         create_or_match(tmp_path, manifest_with(columns=("logprob", "entropy_top20")), COMMAND)
 
 
-@pytest.mark.parametrize("field", sorted(set(Identity.model_fields) - {"columns", "max_length", "statistics_version"}))
+NOT_TEXT = {"columns", "max_length", "statistics_version", "split_turns"}
+
+
+@pytest.mark.parametrize("field", sorted(set(Identity.model_fields) - NOT_TEXT))
 def test_every_differing_field_is_refused_by_name(tmp_path: Path, manifest_with, field: str):
     create_or_match(tmp_path, manifest_with(), COMMAND)
     with pytest.raises(UserError) as refused:
@@ -154,8 +165,111 @@ def damaged(store: Path, manifest: Manifest, **fields: Any) -> Path:
 
 
 def test_another_schema_version_is_refused(tmp_path: Path, manifest_with):
-    with pytest.raises(UserError, match=r"expected schema version 1 or 2, found 3: .*score again"):
-        read_manifest(damaged(tmp_path, manifest_with(), schema_version=3))
+    for version in (0, 4, "3", True, None, 3.5):
+        with pytest.raises(UserError, match=r"expected a schema version from 1 to 3, found .*score again"):
+            read_manifest(damaged(tmp_path, manifest_with(), schema_version=version))
+
+
+VERSION_1 = json.loads("""
+{
+    "schema_version": 1,
+    "fingerprint": "7d736cc7698626165ac2c228c243ab9dce72d1adae4d3035548bf8eec33f7428",
+    "identity": {
+        "prior_weights": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+        "prior_config": "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb",
+        "quantization": null,
+        "tokenizer_files": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc",
+        "chat_template": "1111111111111111111111111111111111111111111111111111111111111111",
+        "template_arguments": "2222222222222222222222222222222222222222222222222222222222222222",
+        "template": "chat",
+        "targets": "completion",
+        "max_length": 64,
+        "overlong": "drop",
+        "special_tokens": "as given",
+        "weight_dtype": "float32",
+        "compute_dtype": "float64",
+        "head_dtype": "float32",
+        "engine": "transformers",
+        "statistics_version": 1,
+        "columns": [
+            "logprob",
+            "mass_rank",
+            "entropy"
+        ]
+    },
+    "source": {
+        "format": "tokens",
+        "columns": {
+            "id": "row_id",
+            "input_ids": "input_ids",
+            "target_mask": "target_mask"
+        },
+        "limit": null,
+        "files": [
+            {
+                "path": "rows.jsonl",
+                "size": 1,
+                "mtime_ns": 1,
+                "sha256": "dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd",
+                "num_rows": 4
+            }
+        ],
+        "shard_rows": 4
+    },
+    "prior_name": "prior",
+    "prior_revision": null,
+    "vocab_size": 100,
+    "tokenizer": {
+        "token_map": "eeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeeee",
+        "merges": "ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff",
+        "special_ids": {
+            "bos": 1,
+            "eos": 2
+        }
+    },
+    "stop_token_ids": [
+        2
+    ],
+    "user_row_ids": true,
+    "software": {
+        "torch": "0"
+    }
+}
+""")
+"""A store.json as version 0.1.0 wrote it before schema version 3: its fingerprint is of then."""
+
+
+def test_older_versions_are_read_as_they_are(tmp_path: Path):
+    for version, source in ((1, {}), (2, {"extended_at": [2]})):
+        content = {**VERSION_1, "schema_version": version, "source": {**VERSION_1["source"], **source}}
+        (tmp_path / MANIFEST_NAME).write_text(json.dumps(content))
+        manifest = read_manifest(tmp_path)
+        assert manifest.identity.split_turns is None
+        assert manifest.model_dump(mode="json") == content
+
+
+@pytest.mark.parametrize(
+    ("version", "change", "message"),
+    [
+        (1, {"source": {**VERSION_1["source"], "extended_at": [2]}}, "but the store grew"),
+        (2, {"source": {**VERSION_1["source"], "weighted": True}}, "but source.weighted=True"),
+        (2, {"identity": {**VERSION_1["identity"], "split_turns": True}}, "but identity.split_turns=True"),
+        (3, {}, "but identity.split_turns=None"),
+    ],
+)
+def test_a_version_holds_what_it_knows(tmp_path: Path, version: int, change: dict[str, Any], message: str):
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({**VERSION_1, "schema_version": version, **change}))
+    with pytest.raises(UserError, match=f"schema_version={version}, {message}"):
+        read_manifest(tmp_path)
+
+
+def test_scoring_into_an_older_store_names_the_way(tmp_path: Path, manifest_with):
+    store = tmp_path / "my store"
+    store.mkdir()
+    (store / MANIFEST_NAME).write_text(json.dumps(VERSION_1))
+    with pytest.raises(UserError) as refused:
+        create_or_match(store, manifest_with(), COMMAND)
+    assert f"`prift-inspect migrate '{store}' -o NEW`" in str(refused.value)
 
 
 def test_an_edited_identity_is_refused(tmp_path: Path, manifest_with):

@@ -302,10 +302,10 @@ def test_a_torn_shard_under_its_final_name_is_refused(score, store: Path):
 def test_another_schema_version_is_refused(score, store: Path):
     assert score().code == 0
     path = store / "store.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 3'))
+    path.write_text(path.read_text().replace('"schema_version": 3', '"schema_version": 4'))
     outcome = score()
     assert outcome.code == 2
-    assert "expected schema version 1 or 2, found 3" in outcome.stderr
+    assert "expected a schema version from 1 to 3, found 4" in outcome.stderr
 
 
 def test_rows_that_cannot_be_scored_are_listed(tmp_path: Path, prift_score, plain_prior: Path, write_jsonl, read_store):
@@ -362,7 +362,11 @@ def score_chats(prift_score, tmp_path: Path, write_jsonl, cutting_prior: Path):
         rows = [{"id": n, "messages": MISFIT if n in misfits else CHAT} for n in range(count)]
         data = write_jsonl(tmp_path / "chats.jsonl", rows)
         return prift_score(
-            f"data.path={data}", f"prior.model={cutting_prior}", f"score.output={tmp_path}/chats", *overrides
+            f"data.path={data}",
+            f"prior.model={cutting_prior}",
+            f"score.output={tmp_path}/chats",
+            "data.split_turns=false",
+            *overrides,
         )
 
     return run

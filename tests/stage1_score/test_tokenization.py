@@ -37,7 +37,8 @@ def tokenize(
     tokenizer: Any, content: Any, template: str, stop_ids: tuple[int, ...] = (EOS, IM_END), **data: Any
 ) -> TokenizedExample | DroppedRow:
     row_tokenizer = RowTokenizer(tokenizer, DataConfig(**data), template, frozenset(stop_ids), VOCAB_SIZE)
-    return row_tokenizer.tokenize(Example(3, "data.jsonl:4", "row", content))
+    (result,) = row_tokenizer.tokenize(Example(3, "data.jsonl:4", "row", content))
+    return result
 
 
 def kept(result: TokenizedExample | DroppedRow) -> tuple[list[int], list[int]]:
@@ -237,7 +238,7 @@ def test_a_template_that_changes_earlier_turns_is_not_guessed_at(tokenizer_with)
     forgetful = tokenizer_with(
         "{% for m in messages %}{% if m.role == 'assistant' and loop.last %}<{% endif %}{{ m.content }}</s>{% endfor %}"
     )
-    row = dropped(tokenize(forgetful, Conversation(MULTI_TURN, None), "chat"))
+    row = dropped(tokenize(forgetful, Conversation(MULTI_TURN, None), "chat", split_turns=False))
     assert row.breaks_template
     assert row.reason == "chat template: the conversation up to message 2 is not rendered as a prefix of the whole"
     # The last turn alone is rendered as it is trained.
@@ -251,7 +252,7 @@ def test_a_generation_prompt_that_the_turn_does_not_begin_with(tokenizer_with):
     )
     row = dropped(tokenize(thinking, Conversation(MULTI_TURN[1:3], None), "chat"))
     assert row.breaks_template
-    assert "prefix" in row.reason or "stop token" in row.reason
+    assert "the prompt for turn 1 ends in '<think>', which the turn as the template renders it does not" in row.reason
 
 
 def test_a_turn_without_stop_token(tokenizer_with):
