@@ -104,11 +104,25 @@ class ColumnsConfig(_Strict):
     """1 or true where the token is a target; as long as `input_ids`."""
 
 
+class HubConfig(_Strict):
+    """A data set of the hub, in place of `data.path` (the extra `hub`)."""
+
+    id: str | None = None
+    """Such as openai/gsm8k."""
+    config: str | None = None
+    """Which of its configurations, where it has several."""
+    split: str = Field(default="train", min_length=1)
+    """Which of its splits."""
+    revision: str | None = None
+    """Commit, tag or branch; the commit that it means is recorded, and a resume goes on with it."""
+
+
 class DataConfig(_Strict):
     """What is scored: where it lies, how a row becomes token ids, and which of them are targets."""
 
     path: str | tuple[str, ...] | None = None
-    """JSONL, JSONL.gz or Parquet: a file, a glob, or a list of them. Required by `prift-score`."""
+    """JSONL, JSONL.gz or Parquet: a file, a glob, or a list of them. `prift-score` requires this, or `hub.id`."""
+    hub: HubConfig = HubConfig()
     format: Literal[
         "auto", "messages", "sharegpt", "prompt_completion", "prompt_messages", "alpaca", "text", "tokens"
     ] = "auto"
@@ -134,6 +148,12 @@ class DataConfig(_Strict):
     """What happens to a longer row; truncation cuts on the right."""
     limit: int | None = Field(default=None, ge=1)
     """Only the first so many rows of the source."""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if self.path is not None and self.hub.id is not None:
+            raise ValueError(f"data.path={self.path} and data.hub.id={self.hub.id} are given: expected one of them")
+        return self
 
     @field_validator("template_date")
     @classmethod

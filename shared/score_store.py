@@ -93,6 +93,20 @@ class DataFile(_Record):
     num_rows: int
 
 
+class HubSource(_Record):
+    """A data set of the hub at a commit."""
+
+    id: str
+    config: str | None
+    split: str
+    revision: str
+    """The commit."""
+
+    def __str__(self) -> str:
+        config = "" if self.config is None else f" {self.config}"
+        return f"{self.id}{config} {self.split} at {self.revision[:12]}"
+
+
 class Source(_Record):
     """Where the rows came from, and the shards planned from them."""
 
@@ -105,6 +119,8 @@ class Source(_Record):
     """Numbers of rows at which the store grew: there a shard ends, however few rows it holds, and another begins."""
     weighted: bool = False
     """Whether the data gives some of its targets weights of its own, and so shards have the column target_weight."""
+    hub: HubSource | None = None
+    """The data set of the hub that the file was made from; its `sha256` is then a hash of this, not of the bytes."""
 
     @model_validator(mode="after")
     def _grew_in_order(self) -> Self:
@@ -115,7 +131,7 @@ class Source(_Record):
 
     @model_serializer(mode="wrap")
     def _without_what_is_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        absent = {name for name in ("extended_at", "weighted") if not getattr(self, name)}
+        absent = {name for name in ("extended_at", "weighted", "hub") if not getattr(self, name)}
         return {name: it for name, it in serialize(self).items() if name not in absent}
 
     @property
@@ -169,8 +185,9 @@ class Manifest(_Record):
             raise ValueError(
                 f"schema_version={self.schema_version}, but identity.split_turns={self.identity.split_turns}"
             )
-        if self.schema_version < 3 and self.source.weighted:
-            raise ValueError(f"schema_version={self.schema_version}, but source.weighted=True")
+        for name in ("weighted", "hub") if self.schema_version < 3 else ():
+            if value := getattr(self.source, name):
+                raise ValueError(f"schema_version={self.schema_version}, but source.{name}={value}")
         if self.schema_version < 2 and self.source.extended_at:
             raise ValueError(f"schema_version={self.schema_version}, but the store grew at {self.source.extended_at}")
         return self
@@ -271,7 +288,7 @@ def differing_fields(found: Manifest, wanted: Manifest) -> list[tuple[str, Any, 
     if set(new["columns"]) <= set(old["columns"]):
         old["columns"] = new["columns"]
     pairs = [(f"identity.{name}", old[name], new[name]) for name in old]
-    for name in ("format", "columns", "limit", "shard_rows", "weighted"):
+    for name in ("format", "columns", "limit", "shard_rows", "weighted", "hub"):
         pairs.append((f"source.{name}", getattr(found.source, name), getattr(wanted.source, name)))
     pairs.append(("source.files", _contents(found.source), _contents(wanted.source)))
     return [pair for pair in pairs if pair[1] != pair[2]]

@@ -27,6 +27,11 @@ def grown_manifest(found: Manifest, now: Source) -> Manifest | None:
     old = found.source
     if _contents(old) == _contents(now):
         return None
+    if old.hub or now.hub:
+        raise UserError(
+            f"score.extend: the store holds {old.hub or 'files'}, the data is now {now.hub or 'files'}: which rows of "
+            "a data set of the hub are new is not known; score into another store"
+        )
     if len(now.files) < len(old.files):
         raise UserError(
             f"score.extend: the store holds rows of {len(old.files)} files, data.path names {len(now.files)}"

@@ -11,11 +11,12 @@ from shared.config import Config
 from shared.errors import UserError
 from shared.files import probe_writable, remove_stale_temporaries
 from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer, vocab_rows_of
-from shared.score_store import MANIFEST_NAME, DataFile, Manifest, Source, create_or_match, read_manifest
+from shared.score_store import MANIFEST_NAME, DataFile, HubSource, Manifest, Source, create_or_match, read_manifest
 from shared.shards import dropped_path, read_footer, shard_path
 from stage1_score.choose_engine import choose_device, choose_dtypes, choose_engine
 from stage1_score.extend import grown_manifest
 from stage1_score.formats import RowFormat
+from stage1_score.hub import fetch, pin
 from stage1_score.identity import build_manifest
 from stage1_score.raw_rows import expand_paths
 from stage1_score.read import detect_format, read_rows, scan_source
@@ -46,13 +47,13 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
         missing = "prior.model" if config.prior.model is None else "score.output"
         raise UserError(f"expected {missing}; got none")
     store = Path(config.score.output)
-    paths = expand_paths(config.data)
+    found = read_manifest(store) if (store / MANIFEST_NAME).is_file() else None
+    paths, hub = _data_files(config, found)
     files = find_pretrained(config.prior.model, config.prior.revision, config.prior.trust_remote_code)
     row_format = detect_format(paths, config.data, vocab_rows_of(files.config()))
     tokenizer = load_tokenizer(files)
     template = choose_template(config.data, row_format.name, tokenizer)
-    found = read_manifest(store) if (store / MANIFEST_NAME).is_file() else None
-    source = _source(config, paths, row_format, found.source if found else None)
+    source = _source(config, paths, row_format, found.source if found else None, hub)
     engine = choose_engine(config, files.config(), found.identity.engine if found else None)
     dtypes = choose_dtypes(config, engine)
     wanted = build_manifest(config, files, tokenizer, source, template, dtypes, engine)
@@ -86,12 +87,8 @@ def _settle(
     source, grown = wanted.source, None
     if config.score.extend:
         # Compared in all but the files: how those may differ is looked at next.
-        known = {
-            "files": found.source.files,
-            "limit": found.source.limit,
-            "extended_at": found.source.extended_at,
-            "weighted": found.source.weighted,
-        }
+        names = ("files", "limit", "extended_at", "weighted", "hub")
+        known = {name: getattr(found.source, name) for name in names}
         same = create_or_match(store, wanted.model_copy(update={"source": source.model_copy(update=known)}), command)
         grown = grown_manifest(same, source)
         if grown is None or grown.source.num_rows == found.source.num_rows:
@@ -111,6 +108,10 @@ def plan_of_manifest(config: Config, manifest: Manifest) -> Plan:
     # The commit that was hashed, not what a branch means by now.
     revision = manifest.prior_revision or config.prior.revision
     files = find_pretrained(config.prior.model, revision, config.prior.trust_remote_code)
+    if manifest.source.hub:
+        # A worker on another machine makes its own copy.
+        file = manifest.source.files[0].model_copy(update={"path": str(fetch(manifest.source.hub))})
+        manifest = manifest.model_copy(update={"source": manifest.source.model_copy(update={"files": (file,)})})
     paths = [Path(file.path) for file in manifest.source.files]
     row_format = detect_format(paths, config.data, manifest.vocab_size)
     row_tokenizer = RowTokenizer(
@@ -120,16 +121,31 @@ def plan_of_manifest(config: Config, manifest: Manifest) -> Plan:
     return Plan(Path(config.score.output), manifest, row_format, row_tokenizer, files, [])
 
 
-def _source(config: Config, paths: list[Path], row_format: RowFormat, found: Source | None) -> Source:
+def _data_files(config: Config, found: Manifest | None) -> tuple[list[Path], HubSource | None]:
+    if config.data.hub.id is None:
+        return expand_paths(config.data), None
+    hub = pin(config.data.hub, found.source.hub if found else None)
+    print(f"data set of the hub: {hub}")
+    return [fetch(hub)], hub
+
+
+def _source(
+    config: Config, paths: list[Path], row_format: RowFormat, found: Source | None, hub: HubSource | None
+) -> Source:
     """The source as it is now; files whose size and time are those recorded are not read again."""
     data, score = config.data, config.score
     recorded = () if found is None or score.rehash else found.files
-    is_known = len(recorded) == len(paths) and all(map(_is_unchanged, recorded, paths))
+    is_known = (
+        found is not None
+        and found.hub == hub
+        and len(recorded) == len(paths)
+        and all(map(_is_unchanged, recorded, paths))
+    )
     if found is None or not is_known:
-        source = scan_source(paths, row_format, data.limit, score.shard_rows)
+        source = scan_source(paths, row_format, data.limit, score.shard_rows, hub)
     else:
         source = Source(format=row_format.name, columns=row_format.columns_read(), limit=data.limit, files=recorded,
-                        shard_rows=score.shard_rows, weighted=found.weighted)  # fmt: skip
+                        shard_rows=score.shard_rows, weighted=found.weighted, hub=hub)  # fmt: skip
     # Without files or a limit that grew, the shards are those of the store.
     if found is None or found.num_rows != source.num_rows:
         return source

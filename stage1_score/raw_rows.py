@@ -24,7 +24,7 @@ def expand_paths(config: DataConfig) -> list[Path]:
         UserError: data.path is not given, or nothing is there.
     """
     if config.path is None:
-        raise UserError("expected data.path, the data to score; got none")
+        raise UserError("expected data.path or data.hub.id, the data to score; got none")
     found: list[Path] = []
     for pattern in [config.path] if isinstance(config.path, str) else config.path:
         matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]

@@ -14,9 +14,10 @@ import numpy as np
 from shared.config import DataConfig
 from shared.errors import UserError
 from shared.files import sha256_of_file
-from shared.score_store import DataFile, Source
+from shared.score_store import DataFile, HubSource, Source
 from stage1_score.examples import Example
 from stage1_score.formats import RowFormat, parse_row, settle_format
+from stage1_score.hub import content_of
 from stage1_score.raw_rows import count_rows, raw_rows
 
 
@@ -35,8 +36,13 @@ def detect_format(paths: Sequence[Path], config: DataConfig, vocab_size: int | N
     return settle_format(first, config, str(paths[0]), vocab_size)
 
 
-def scan_source(paths: Sequence[Path], row_format: RowFormat, limit: int | None, shard_rows: int) -> Source:
+def scan_source(
+    paths: Sequence[Path], row_format: RowFormat, limit: int | None, shard_rows: int, hub: HubSource | None = None
+) -> Source:
     """Hash and parse all files once: what is recorded of the source in the store.
+
+    Args:
+        hub: the data set that the only file was made from.
 
     Raises:
         UserError: a row is malformed (names file:line), or row ids given by the user repeat.
@@ -54,9 +60,9 @@ def scan_source(paths: Sequence[Path], row_format: RowFormat, limit: int | None,
         stat = path.stat()
         num_rows = count_rows(path)
         files.append(DataFile(path=str(path), size=stat.st_size, mtime_ns=stat.st_mtime_ns,
-                              sha256=sha256_of_file(path), num_rows=num_rows))  # fmt: skip
+                              sha256=content_of(hub) if hub else sha256_of_file(path), num_rows=num_rows))  # fmt: skip
     source = Source(format=row_format.name, columns=row_format.columns_read(), limit=limit, files=tuple(files),
-                    shard_rows=shard_rows, weighted=is_weighted)  # fmt: skip
+                    shard_rows=shard_rows, weighted=is_weighted, hub=hub)  # fmt: skip
     _refuse_repeated_ids(source, row_format, hashes)
     return source
 
