@@ -8,7 +8,7 @@ import re
 from datetime import date
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from shared.rules import DEFAULT_COLUMNS, METHODS, RULE_PARAMETERS, Column, Source
 
@@ -303,11 +303,28 @@ class LoraConfig(_Strict):
     to."""
 
 
-class TrainConfig(_Strict):
-    """One training run from a score store."""
+class StoreShare(_Strict):
+    """One of several stores that a run draws from."""
 
-    scores: str | None = None
-    """Folder of the score store. The only key that training requires."""
+    store: str
+    """Folder of the score store."""
+    weight: float | None = Field(default=None, gt=0)
+    """Its share of the examples, in proportion to the other weights; None, for all of them: each row once an epoch."""
+
+
+def _as_shares(scores: Any) -> Any:
+    """One folder, or folders without weights, in the form of the list."""
+    listed = () if scores is None else (scores,) if isinstance(scores, str) else scores
+    if not isinstance(listed, list | tuple):
+        raise ValueError(f"train.scores={scores!r}: expected a folder, or a list of folders or of {{store, weight}}")
+    return tuple({"store": each} if isinstance(each, str) else each for each in listed)
+
+
+class TrainConfig(_Strict):
+    """One training run from score stores."""
+
+    scores: Annotated[tuple[StoreShare, ...], BeforeValidator(_as_shares)] = ()
+    """Folder of the score store, the only key that training requires; or a list of folders, or of {store, weight}."""
     eval_scores: str | dict[str, str] | None = None
     """Score stores to evaluate on: a folder, or names and folders."""
     eval_steps: int = Field(default=0, ge=0)
@@ -440,6 +457,16 @@ class TrainConfig(_Strict):
         stage = self.zero_stage()
         if stage not in (0, 1, 2, 3):
             raise ValueError(f"train.deepspeed.zero_optimization.stage must be 0, 1, 2 or 3; got {stage!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _stores_agree(self) -> Self:
+        for share in self.scores:
+            if [other.store for other in self.scores].count(share.store) > 1:
+                raise ValueError(f"train.scores names {share.store} twice: give it the sum of both weights")
+        without = [share.store for share in self.scores if share.weight is None]
+        if without and len(without) < len(self.scores):
+            raise ValueError(f"train.scores gives {without[0]} no weight, but others: give all of them one, or none")
         return self
 
     def logits_bytes(self, device: str) -> int:

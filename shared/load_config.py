@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -78,7 +78,8 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[st
     """Every dotted key of the tree."""
     for name, field in model.model_fields.items():
         # The type itself, or what `X | None` may be besides None.
-        kinds = [kind for kind in get_args(field.annotation) or [field.annotation] if isinstance(kind, type)]
+        arguments = () if get_origin(field.annotation) is tuple else get_args(field.annotation)
+        kinds = [kind for kind in arguments or [field.annotation] if isinstance(kind, type)]
         section = next((kind for kind in kinds if issubclass(kind, BaseModel)), None)
         if section is None or section is not field.annotation:
             yield f"{prefix}{name}"

@@ -9,6 +9,7 @@ from stage2_train.batch import BatchForm
 from stage2_train.distributed import World
 from stage2_train.lora import count_parameters, target_names
 from stage2_train.metrics import metrics_path
+from stage2_train.mixture import MixedCache, described
 from stage2_train.outlook import weight_outlook
 from stage2_train.setup import Job, resolve_dtype, write_config
 
@@ -32,6 +33,11 @@ def announce(job: Job, world: World, form: BatchForm, model: Any) -> None:
         f"{job.weighting.rule}/{job.weighting.source}, normalised by {config.normalize_by}",
         flush=True,
     )
+    if isinstance(cache, MixedCache):
+        print("\n".join(["the rows are of several stores:", *described(cache, config.scores, plan)]), flush=True)
+        priors = {part.manifest.identity.prior_weights for part in cache.parts}
+        if len(priors) > 1:
+            print("WARNING: the stores were scored by different priors: weights mean another model's support in each")
     print(_trained(model, config), flush=True)
     if stage == 0:
         print("ZeRO stage 0 runs as stage 1: in DeepSpeed 0.19 stage 0 misses the first step's bias correction")

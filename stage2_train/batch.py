@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.padding import PackedBatch, TokenBatch, pack_and_shift, pad_and_shift
-from stage2_train.cache import CachedRow, ScoreCache
+from stage2_train.cache import CachedRow, TrainingRows
 from stage2_train.plan import MicroBatch
 from stage2_train.sequence_parallel import split
 
@@ -61,7 +61,7 @@ class Batch:
 
 
 def make_batch(
-    cache: ScoreCache,
+    cache: TrainingRows,
     rows: np.ndarray,
     micro_batch: MicroBatch,
     stop_token_ids: Sequence[int],
@@ -85,7 +85,7 @@ def make_batch(
     positions = np.concatenate([member.target_positions for member in members]).astype(np.int64)[held]
     prior = {
         name: torch.from_numpy(np.concatenate([member.statistics[name] for member in members])[held])
-        for name in cache.columns
+        for name in cache.column_names
     }
     is_stop_token_N = torch.isin(tokens.target_ids_N, torch.tensor(list(stop_token_ids), dtype=torch.int64))
     num_tokens = sum(len(member.input_ids) for member in members) if micro_batch and form.part == 0 else 0

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -67,11 +68,60 @@ class RowCounts:
         return int(np.searchsorted(self._ends, most, side="right"))
 
 
+class Counts(Protocol):
+    """How many values each row has; see `RowCounts`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray: ...
+
+    def sum(self) -> int:
+        """Values of all rows."""
+        ...
+
+
+class TrainingRows(Protocol):
+    """What a run trains from: the rows of one store, or of several."""
+
+    manifest: Manifest
+    """Of the only or the first store: what training reads of it is the same for all."""
+    key: str
+    """Names the content of all rows, and in what proportion they are drawn."""
+    parts: list["ScoreCache"]
+    """The stores."""
+
+    @property
+    def lengths(self) -> Counts:
+        """Tokens of each row."""
+        ...
+
+    @property
+    def num_targets(self) -> Counts:
+        """Targets of each row."""
+        ...
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """Names of the statistics that a row has."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> CachedRow:
+        """A row by its number."""
+        ...
+
+    def stored_rows(self, indices: Sequence[int], columns: Sequence[str]) -> list[dict[str, list]]:
+        """Columns of some rows, read from the Parquet files themselves: slow, for messages and checks."""
+        ...
+
+
 class ScoreCache:
     """Rows of a finished store, in source order. All that grows with them is in the memory map."""
 
     def __init__(self, store: Path, manifest: Manifest, shards: Sequence[Shard], folder: Path, columns: Sequence[str]):
         self.store, self.manifest, self.shards, self.key = store, manifest, list(shards), folder.name
+        self.parts = [self]
         base = {name: _map(folder, name, dtype) for name, dtype in _BASE_FILES.items()}
         self.columns = {name: _map(folder, name, np.float32) for name in columns}
         self._input_ids, self._target_positions = base["input_ids"], base["target_positions"]
@@ -82,6 +132,11 @@ class ScoreCache:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """Names of the statistics that a row has."""
+        return tuple(self.columns)
 
     @property
     def is_weighted(self) -> bool:

@@ -46,10 +46,18 @@ def make_plan(num_rows: int, batch_size: int, epochs: int, max_steps: int | None
     return Plan(num_rows, batch_size, min(num_steps, max_steps or num_steps), seed)
 
 
-@lru_cache(maxsize=2)
-def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)))
+def order_of_rows(num_rows: int, seed: int, epoch: int, store: int = 0) -> np.ndarray:
+    """The rows of one store in the order of an epoch, int64.
+
+    Args:
+        store: place of the store among those of the run; the first is drawn from as if it were alone.
+    """
+    key = np.array([seed, epoch], dtype=np.uint64)
+    generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, store]))
     return generator.permutation(num_rows)
+
+
+_order = lru_cache(maxsize=2)(order_of_rows)
 
 
 @dataclass(frozen=True)

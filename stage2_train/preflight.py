@@ -9,7 +9,7 @@ import numpy as np
 from shared.errors import UserError
 from shared.pretrained import tokenizer_content
 from shared.score_store import Manifest
-from stage2_train.cache import ScoreCache
+from stage2_train.cache import TrainingRows
 
 _LARGEST_MEAN_DIFFERENCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5}
 """Mean over a row's targets of |stored logprob - logprob|, nats. float32 rounding gives 1e-4, bfloat16 up to 0.2 on
@@ -38,14 +38,14 @@ def refuse_small_vocabulary(vocab_size: int, manifest: Manifest, model_name: str
         raise UserError(f"{model_name} has {vocab_size} embeddings, but special tokens go up to id {largest}")
 
 
-def stored_logprobs(cache: ScoreCache, rows: Sequence[int]) -> list[np.ndarray]:
+def stored_logprobs(cache: TrainingRows, rows: Sequence[int]) -> list[np.ndarray]:
     """The prior's log-probabilities of some rows as the store has them, float32 (T,), NaN where no target is."""
     records = cache.stored_rows(rows, ["logprob"])
     return [np.array(record["logprob"], dtype=np.float32) for record in records]
 
 
 def refuse_misaligned(
-    cache: ScoreCache, rows: Sequence[int], difference_R: Sequence[float], dtypes: Iterable[str], model_name: str
+    cache: TrainingRows, rows: Sequence[int], difference_R: Sequence[float], dtypes: Iterable[str], model_name: str
 ) -> None:
     """At the first step of a run that starts from the prior: the model must agree with the stored scores.
 

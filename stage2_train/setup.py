@@ -1,6 +1,7 @@
 """Everything a run needs before the processes meet, checked by each of them alone."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from shared.files import probe_writable, replacing
 from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer
 from shared.weighting import Weighting, resolve_weighting
 from stage2_train.batch import BatchForm
-from stage2_train.cache import ScoreCache, open_cache
+from stage2_train.cache import ScoreCache, TrainingRows, open_cache
 from stage2_train.checkpoint_files import read_state, whole_checkpoints
 from stage2_train.lora import require_peft
 from stage2_train.metrics import metrics_path
+from stage2_train.mixture import MixedCache, MixedPlan, refuse_incompatible
 from stage2_train.plan import Bounds, MicroBatch, Plan, deal, make_plan
 from stage2_train.preflight import refuse_other_tokenizer
 from stage2_train.tracking import refuse_missing_trackers
@@ -37,9 +39,9 @@ class Job:
     config: TrainConfig
     output: Path
     weighting: Weighting
-    cache: ScoreCache
+    cache: TrainingRows
     eval_caches: dict[str, ScoreCache]
-    plan: Plan
+    plan: Plan | MixedPlan
     files: PretrainedFiles
     tokenizer: Any
     starts_from_prior: bool
@@ -85,7 +87,7 @@ def prepare(config: Config) -> Job:
         UserError: any mistake in the config, the stores, the model or the output folder.
     """
     train = config.train
-    if train.scores is None:
+    if not train.scores:
         raise UserError("expected train.scores, the score store to train from; got none")
     if train.lora is not None:
         require_peft()
@@ -101,7 +103,7 @@ def prepare(config: Config) -> Job:
     output = Path(train.output or "runs/train")
     checkpoints, damaged = _checkpoints(train, output)
     begun_with = read_state(checkpoints[0]).settings.get("scores_key") if checkpoints else None
-    cache = open_cache(Path(train.scores), prior_columns, cache_dir, begun_with)
+    cache = _open_stores(train, prior_columns, cache_dir, begun_with)
     stores = {"eval": train.eval_scores} if isinstance(train.eval_scores, str) else train.eval_scores or {}
     eval_caches = {name: open_cache(Path(store), ("mass_rank",), cache_dir) for name, store in stores.items()}
     manifest = cache.manifest
@@ -111,9 +113,9 @@ def prepare(config: Config) -> Job:
     )
     files = find_pretrained(name, revision, train.trust_remote_code)
     tokenizer = load_tokenizer(files)
-    for store in (cache, *eval_caches.values()):
+    for store in (*cache.parts, *eval_caches.values()):
         refuse_other_tokenizer(tokenizer, store.manifest, store.store, name)
-    plan = make_plan(len(cache), train.batch_size, train.epochs, train.max_steps, train.seed)
+    plan = _plan(train, cache)
     probe_writable(output)
     job = Job(
         train, output, weighting, cache, eval_caches, plan, files, tokenizer, starts_from_prior,
@@ -121,6 +123,29 @@ def prepare(config: Config) -> Job:
     )  # fmt: skip
     _refuse_other_settings(job)
     return job
+
+
+def _open_stores(
+    config: TrainConfig, columns: Sequence[str], cache_dir: Path, begun_with: str | None
+) -> ScoreCache | MixedCache:
+    """The store, or the stores as one, with the rows that the run began with."""
+    shares = config.scores
+    # The key of several stores is made of theirs: key*weight+key*weight.
+    keys = [key.partition("*")[0] for key in begun_with.split("+")] if begun_with else []
+    known = keys if len(keys) == len(shares) else [None] * len(shares)
+    caches = [open_cache(Path(it.store), columns, cache_dir, key) for it, key in zip(shares, known, strict=True)]
+    if len(caches) == 1:
+        return caches[0]
+    refuse_incompatible(caches, config.model is None)
+    weights = [share.weight for share in shares if share.weight is not None]
+    return MixedCache(caches, weights or None)
+
+
+def _plan(config: TrainConfig, cache: ScoreCache | MixedCache) -> Plan | MixedPlan:
+    plan = make_plan(len(cache), config.batch_size, config.epochs, config.max_steps, config.seed)
+    if not isinstance(cache, MixedCache) or cache.weights is None:
+        return plan
+    return MixedPlan(list(map(len, cache.parts)), cache.weights, plan.batch_size, plan.num_steps, config.seed)
 
 
 def write_config(job: Job) -> None:

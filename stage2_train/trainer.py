@@ -141,7 +141,8 @@ class Trainer:
                 stored_N = torch.tensor([stored[place][position] for place, position in pairs], device=nll_N.device)
                 difference_R.index_add_(0, batch.places_N, (nll_N + stored_N).abs().double())
         means = self.world.all_reduce(difference_R).cpu().numpy() / self.job.cache.num_targets[rows]
-        dtypes = {resolve_dtype(self.config), self.job.cache.manifest.identity.weight_dtype}
+        stored = {part.manifest.identity.weight_dtype for part in self.job.cache.parts}
+        dtypes = {resolve_dtype(self.config), *stored}
         refuse_misaligned(self.job.cache, rows.tolist(), means.tolist(), dtypes, self.job.files.name)
 
     def _row_ids(self, rows: Sequence[int] | np.ndarray, most: int = 8) -> list[str]:

@@ -19,7 +19,7 @@ from shared.config import TrainConfig
 from shared.score_store import TARGET_WEIGHT
 from shared.weighting import TargetStatistics, Weighting
 from stage2_train.batch import Batch
-from stage2_train.cache import ScoreCache
+from stage2_train.cache import TrainingRows
 from stage2_train.loss import GivenWeights, OnlineWeights, Weights
 
 Forward = Callable[[Batch, Weights], tuple[Tensor, Tensor, Tensor]]
@@ -42,7 +42,7 @@ class WeighedBatch:
 class StepWeigher:
     """Prepares the micro-batches of a step: how each target is weighted, and what the sum is divided by."""
 
-    def __init__(self, weighting: Weighting, config: TrainConfig, cache: ScoreCache, all_reduce: AllReduce):
+    def __init__(self, weighting: Weighting, config: TrainConfig, cache: TrainingRows, all_reduce: AllReduce):
         self._weighting, self._config, self._cache = weighting, config, cache
         self._all_reduce = all_reduce
 

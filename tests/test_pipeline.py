@@ -53,7 +53,7 @@ def test_every_knob_stands_there_at_its_default_and_explained(repository: Path, 
 @pytest.mark.parametrize("run", ["sft", "dft", "prift_prob", "prift_mass", "score_heldout", "score_prior_text"])
 def test_the_runs_of_the_demo_share_one_store(repository: Path, run: str):
     config = load_config(repository / "pipeline.yaml", [f"run={run}"])
-    assert config.train.scores == "runs/demo/scores"
+    assert [share.store for share in config.train.scores] == ["runs/demo/scores"]
     if run.startswith("score_"):
         assert config.score.output not in (None, "runs/demo/scores")
     else:

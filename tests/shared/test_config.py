@@ -42,7 +42,7 @@ def test_every_field_is_described():
 
 
 def test_sections_are_strict_and_frozen():
-    assert len(list(models())) == 9
+    assert len(list(models())) == 10
     for model in models():
         with pytest.raises(ValidationError, match="Extra inputs"):
             model.model_validate({"no_such_key": 1})

@@ -109,7 +109,7 @@ runs:
 def test_a_run_is_a_set_of_overrides(pipeline):
     config = load_config(pipeline(RUNS), ["run=mass"])
     assert (config.train.method, config.train.learning_rate) == ("prift_mass", 2e-4)
-    assert (config.train.scores, config.train.output) == ("runs/store", "runs/mass")
+    assert (config.train.scores[0].store, config.train.output) == ("runs/store", "runs/mass")
     config = load_config(pipeline(RUNS), ["run=nested"])
     # A mapping is merged into the section: what it does not name stays.
     assert (config.train.method, config.train.seed, config.train.learning_rate) == ("sft", 3, 1e-4)
