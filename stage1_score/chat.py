@@ -4,8 +4,6 @@ A template is a program that comes with the model. Nothing is assumed of it: a t
 prompt that the model would be given, and where that cannot be found exactly the turn is not trained on.
 """
 
-import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +13,7 @@ from jinja2 import TemplateError
 
 from shared.config import DataConfig
 from stage1_score.examples import Conversation
+from stage1_score.tool_calls import forms, without_each_call
 
 _TROUBLES = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 """What a template trips over comes up as it is."""
@@ -24,8 +23,8 @@ class TemplateMisfit(Exception):
     """The turns of a conversation cannot be found exactly in its rendering."""
 
 
-class _Unstable(TemplateMisfit):
-    """A turn is rendered otherwise once others follow it."""
+class _CallsLeftOut(TemplateMisfit):
+    """The template renders the conversation as if a tool were not called."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class ChatRenderer:
         Raises:
             TemplateMisfit: the template does not take them.
         """
-        return self._render(messages, tools, True)
+        return self._render(self._settle(messages, tools, True), tools, True)
 
     def rows(self, conversation: Conversation) -> list[RenderedRow | MisfitTurn]:
         """One row for the whole conversation; where the template renders a turn otherwise once others follow it, and
@@ -70,15 +69,16 @@ class ChatRenderer:
             TemplateMisfit: no turn can be found exactly, or the template does not take the conversation.
         """
         messages, tools = conversation.messages, conversation.tools
+        conversation = Conversation(self._settle(messages, tools, False), tools, conversation.turn_weights)
+        ids = self._render(conversation.messages, tools, False)
         if self._data.targets == "all":
-            ids = self._render(messages, tools, False)
             return [RenderedRow(ids, [1.0] * len(ids))]
         assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         chosen = assistant[-1:] if self._data.targets == "last_turn" else assistant
         turns = [index for index in chosen if conversation.weight_of(index)]
         try:
-            return [self._together(conversation, turns)]
-        except _Unstable:
+            return [self._together(conversation, ids, turns)]
+        except TemplateMisfit:
             if not self._data.split_turns:
                 raise
         rows = [self._apart(conversation, index) for index in turns]
@@ -86,13 +86,12 @@ class ChatRenderer:
             raise TemplateMisfit(next(row.reason for row in rows if isinstance(row, MisfitTurn)))
         return rows
 
-    def _together(self, conversation: Conversation, turns: Sequence[int]) -> RenderedRow:
-        ids = self._render(conversation.messages, conversation.tools, False)
+    def _together(self, conversation: Conversation, ids: list[int], turns: Sequence[int]) -> RenderedRow:
         weights = [0.0] * len(ids)
         for index in turns:
             before, through = self._turn(conversation, index)
             if ids[: len(before)] != before or ids[: len(through)] != through:
-                raise _Unstable(f"the conversation up to message {index} is not rendered as a prefix of the whole")
+                raise TemplateMisfit(f"the conversation up to message {index} is not rendered as a prefix of the whole")
             weights[len(before) : len(through)] = [conversation.weight_of(index)] * (len(through) - len(before))
         return RenderedRow(ids, weights)
 
@@ -103,11 +102,11 @@ class ChatRenderer:
             return MisfitTurn(index, str(error))
         if through[: len(before)] != before:
             common = next(i for i, (a, b) in enumerate(zip(before, [*through, None], strict=False)) if a != b)
-            prompt = self._tokenizer.decode(before[common:])
+            prompt, turn = (_shortened(self._tokenizer.decode(ids[common:])) for ids in (before, through))
             return MisfitTurn(
                 index,
-                f"the prompt for turn {index} ends in {prompt!r}, which the turn as the template renders it does not "
-                "begin with: data.template=chat_prompt trains on the last turn without rendering it",
+                f"the prompt for turn {index} has {prompt!r} where the turn as the template renders it has {turn!r}: "
+                "data.template=chat_prompt trains on the last turn without rendering it",
             )
         weight = conversation.weight_of(index)
         weights = [0.0] * len(before) + [weight] * (len(through) - len(before))
@@ -124,56 +123,48 @@ class ChatRenderer:
             raise TemplateMisfit(f"the assistant turn {index} does not end on a stop token")
         return before, through[:end]
 
-    def _render(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> list[int]:
+    def _settle(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> list[dict[str, Any]]:
+        """The messages in the form of their tool calls that the template takes."""
+        choices = forms(messages)
+        if len(choices) == 1:
+            return choices[0]
+        troubles: list[TemplateMisfit] = []
+        for form in choices:
+            try:
+                text = self._render(form, tools, add_generation_prompt, as_ids=False)
+                for index, less in without_each_call(form):
+                    if self._renders_as(text, less, tools, add_generation_prompt):
+                        raise _CallsLeftOut(f"it leaves out a tool call of message {index}")
+                return form
+            except TemplateMisfit as error:
+                troubles.append(error)
+        raise next((error for error in troubles if isinstance(error, _CallsLeftOut)), troubles[0])
+
+    def _renders_as(self, text: str, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> bool:
+        try:
+            return self._render(messages, tools, add_generation_prompt, as_ids=False) == text
+        except TemplateMisfit:
+            return False
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool, *, as_ids: bool = True
+    ) -> Any:
         if not messages:
             raise TemplateMisfit("nothing stands before the first assistant turn")
-        trouble: Exception | None = None
-        for form in _forms(messages):
-            try:
-                return self._tokenizer.apply_chat_template(
-                    form,
-                    tools=tools,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=True,
-                    return_dict=False,
-                    # A template that prints today's date would give other ids tomorrow.
-                    strftime_now=self._today.strftime,
-                    **self._data.template_arguments,
-                )
-            except _TROUBLES as error:
-                trouble = trouble or error
-        raise TemplateMisfit(str(trouble))
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=as_ids,
+                return_dict=False,
+                # A template that prints today's date would give other ids tomorrow.
+                strftime_now=self._today.strftime,
+                **self._data.template_arguments,
+            )
+        except _TROUBLES as error:
+            raise TemplateMisfit(str(error)) from None
 
 
-def _forms(messages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The messages with arguments of tool calls as objects, which most templates turn into JSON themselves, and as JSON
-    text, which the others want. Text given to the first kind would be quoted twice, without a word."""
-    if not any(message.get("tool_calls") for message in messages):
-        return [messages]
-    return [_with_arguments(messages, as_text) for as_text in (False, True)]
-
-
-def _with_arguments(messages: list[dict[str, Any]], as_text: bool) -> list[dict[str, Any]]:
-    messages = copy.deepcopy(messages)
-    calls = [call for message in messages for call in _listed(message.get("tool_calls")) if isinstance(call, dict)]
-    for call in calls:
-        function = call["function"] if isinstance(call.get("function"), dict) else call
-        arguments = function.get("arguments")
-        if as_text and isinstance(arguments, dict):
-            function["arguments"] = json.dumps(arguments, ensure_ascii=False)
-        elif not as_text and isinstance(arguments, str):
-            function["arguments"] = _parsed(arguments)
-    return messages
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _parsed(text: str) -> Any:
-    """The object that a JSON text holds; the text where it holds none."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, dict) else text
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

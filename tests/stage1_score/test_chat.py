@@ -96,14 +96,14 @@ def test_turns_that_cannot_be_kept_are_listed_beside_those_that_can(tokenizer_wi
     mixed = shown(tokenize(tokenizer_with(odd), TWO_TURNS))
     assert mixed[0] == ("row#1", "U:q$A:[1+1]2$", "      _______")
     assert mixed[1][:2] == ("row#3", "dropped")
-    assert "the prompt for turn 3 ends in 'A:', which the turn as the template renders it does not" in mixed[1][2]
+    assert "the prompt for turn 3 has 'A:' where the turn as the template renders it has 'B:[2+1]3</s>'" in mixed[1][2]
 
 
 def test_where_no_turn_can_be_found_the_conversation_is_dropped_once(tokenizer_with):
     odd = FORGETFUL.replace("{% if add_generation_prompt %}A:", "{% if add_generation_prompt %}C:")
     ((row_id, what, reason),) = shown(tokenize(tokenizer_with(odd), TWO_TURNS))
     assert (row_id, what) == ("row", "dropped")
-    assert "the prompt for turn 1 ends in 'C:'" in reason
+    assert "the prompt for turn 1 has 'C:' where the turn as the template renders it has 'A:[1+1]2</s>'" in reason
     assert "data.template=chat_prompt" in reason
 
 

@@ -252,7 +252,7 @@ def test_a_generation_prompt_that_the_turn_does_not_begin_with(tokenizer_with):
     )
     row = dropped(tokenize(thinking, Conversation(MULTI_TURN[1:3], None), "chat"))
     assert row.breaks_template
-    assert "the prompt for turn 1 ends in '<think>', which the turn as the template renders it does not" in row.reason
+    assert "the prompt for turn 1 has '<think>' where the turn as the template renders it has 'yo</s>'" in row.reason
 
 
 def test_a_turn_without_stop_token(tokenizer_with):
