@@ -4,6 +4,7 @@ A template is a program that comes with the model. Nothing is assumed of it: a t
 prompt that the model would be given, and where that cannot be found exactly the turn is not trained on.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -60,6 +61,22 @@ class ChatRenderer:
             TemplateMisfit: the template does not take them.
         """
         return self._render(self._settle(messages, tools, True), tools, True)
+
+    def continuation(self, prompt: list[int], completion: str) -> str:
+        """The completion without the `<think>` that the prompt ends in already (DeepSeek-R1, QwQ).
+
+        Raises:
+            TemplateMisfit: prompt and completion both open the thinking, but not alike.
+        """
+        opened = re.search(r"<think>\s*$", self._tokenizer.decode(prompt[-16:]))
+        if opened is None or not completion.lstrip().startswith("<think>"):
+            return completion
+        if not completion.startswith(opened.group()):
+            raise TemplateMisfit(
+                f"the prompt ends in {opened.group()!r}, and the completion begins with {_shortened(completion)!r}: "
+                "let it begin as the prompt ends"
+            )
+        return completion.removeprefix(opened.group())
 
     def rows(self, conversation: Conversation) -> list[RenderedRow | MisfitTurn]:
         """One row for the whole conversation; where the template renders a turn otherwise once others follow it, and

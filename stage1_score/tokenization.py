@@ -151,7 +151,8 @@ class RowTokenizer:
         if self._template == "chat_prompt":
             messages, completion = _prompt_and_completion(conversation)
             weight = conversation.weight_of(len(messages))
-            return [self._joined(self._chat.prompt(messages, conversation.tools), completion, weight)]
+            prompt = self._chat.prompt(messages, conversation.tools)
+            return [self._joined(prompt, self._chat.continuation(prompt, completion), weight)]
         return self._chat.rows(conversation)
 
     @property
@@ -210,6 +211,9 @@ def _prompt_and_completion(content: Conversation) -> tuple[list[dict[str, Any]],
     last = content.messages[-1]
     if last["role"] != "assistant" or not isinstance(last.get("content"), str):
         raise TemplateMisfit("chat_prompt needs a conversation that ends with an assistant's text")
+    for field in ("tool_calls", "reasoning_content"):
+        if last.get(field):
+            raise TemplateMisfit(f"chat_prompt trains on the text of the last turn, and leaves out its {field}")
     return content.messages[:-1], last["content"]
 
 

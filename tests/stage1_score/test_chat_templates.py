@@ -123,7 +123,17 @@ CASES: dict[str, dict[str, Any]] = {
     "reasoning_content": {"messages": REASONED},
     "inline thinking": {"messages": INLINE},
 }
-FOR_SOME = {
+CHAT_PROMPT = {
+    "chat_prompt": {"messages": [SYSTEM, *INLINE[:2]]},
+    "chat_prompt of two turns": {"messages": [*INLINE[:2], *REASONED[3:4], *INLINE[1:2]]},
+    "chat_prompt without thinking": {"messages": [*THREE_TURNS[:5], *MORE[:2]]},
+    "chat_prompt that thinks at once": {"messages": asked("What is 2+2?", "<think>Two and two.</think>It is 4.")},
+    "chat_prompt of a call": {"messages": CALLED[:2]},
+    "chat_prompt of reasoning_content": {"messages": REASONED},
+}
+FOR_SOME: dict[str, dict[str, dict[str, Any]]] = {
+    "deepseek_r1": {name: {**case, "template": "chat_prompt"} for name, case in CHAT_PROMPT.items()},
+    "mistral": {"chat_prompt": {"messages": WITHOUT_CALL, "template": "chat_prompt"}},
     "qwen3": {
         "enable_thinking=false": {"messages": WITHOUT_CALL, "template_arguments": {"enable_thinking": False}},
     },
