@@ -44,6 +44,13 @@ CALLED = [
     {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "4"},
     {"role": "assistant", "content": "It is 4."},
 ]
+TWO_CALLS = [
+    CALLED[0],
+    {"role": "assistant", "content": "", "tool_calls": [CALL, {**CALL, "id": "call00002"}]},
+    CALLED[2],
+    {**CALLED[2], "tool_call_id": "call00002"},
+    CALLED[3],
+]
 
 
 def asked(question: str, answer: str, **more: Any) -> list[dict[str, Any]]:
@@ -120,8 +127,10 @@ CASES: dict[str, dict[str, Any]] = {
     "without a call": {"messages": WITHOUT_CALL},
     "without a system message": {"messages": [*CALLED, *MORE[:2]], "tools": TOOLS},
     "ends in a call": {"messages": CALLED[:2], "tools": TOOLS},
+    "two calls": {"messages": TWO_CALLS, "tools": TOOLS},
     "reasoning_content": {"messages": REASONED},
     "inline thinking": {"messages": INLINE},
+    "an answer that begins with a line break": {"messages": asked("What is 2+2?", "\nIt is 4.")},
 }
 CHAT_PROMPT = {
     "chat_prompt": {"messages": [SYSTEM, *INLINE[:2]]},
