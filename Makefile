@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 TESTED := .venv/tested
 METHODS := sft dft prift_prob prift_mass
 
-.PHONY: demo test test-long check bench
+.PHONY: demo test test-long check bench sbom wheel
 
 # Score once, train four runs from the one store, compare.
 demo: $(INSTALLED)
@@ -36,6 +36,13 @@ check: $(TESTED)
 bench: $(TESTED)
 	$(BIN)/python benchmarks/score.py
 	$(BIN)/python benchmarks/train.py --small
+
+# What is installed beside this package, with versions and licences: sbom.cdx.json (CycloneDX).
+sbom: $(TESTED)
+	$(BIN)/python .ci/sbom.py sbom.cdx.json
+
+wheel: $(TESTED)
+	$(BIN)/python -m build --outdir dist .
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=...")'
