@@ -5,7 +5,7 @@ row ids are the user's own in both, where their ids are equal.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -64,7 +64,7 @@ def aligned(left: OpenStore, right: OpenStore, by: Correspondence) -> _Pairs:
 
 
 def _common_spans(left: OpenStore, right: OpenStore) -> list[_SpanPair]:
-    """Spans of equal files, in the order of the left store.
+    """Spans of equal files, in the order of the left store, each pair cut to the rows that both have.
 
     A file that both list equally often is matched first with first; where one lists it more often (as a merged store
     may), each of its spans with each of the other's.
@@ -74,7 +74,14 @@ def _common_spans(left: OpenStore, right: OpenStore) -> list[_SpanPair]:
     for sha256 in spans_of[0].keys() & spans_of[1].keys():
         ours, theirs = spans_of[0][sha256], spans_of[1][sha256]
         pairs += zip(ours, theirs, strict=True) if len(ours) == len(theirs) else product(ours, theirs)
-    return sorted(pairs, key=lambda pair: (pair[0].first, pair[1].first))
+    return sorted(map(_cut, pairs), key=lambda pair: (pair[0].first, pair[1].first))
+
+
+def _cut(pair: _SpanPair) -> _SpanPair:
+    """Without the rows that one store leaves out: their numbers are those of other rows in it."""
+    left, right = pair
+    num_rows = min(left.num_rows, right.num_rows)
+    return replace(left, num_rows=num_rows), replace(right, num_rows=num_rows)
 
 
 def _spans_by_content(store: OpenStore) -> dict[str, list[Span]]:

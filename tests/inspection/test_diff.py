@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inspection import alignment, diff
+from inspection import alignment, diff, merge
 from shared.errors import UserError
 
 ROWS = [
@@ -120,6 +120,21 @@ def test_a_limit_leaves_rows_out(store, data_file, compared, tmp_path: Path, man
     stdout = compared(limited, whole)
     assert "6 rows correspond, by row of the data file; without a counterpart: 0 of A, 3 of B" in stdout
     assert re.search(r"source\.limit +6 +null", stdout)
+    assert table_of(stdout)["logprob"] == ["18"] + ["0.00e+00"] * 5
+
+
+@pytest.mark.parametrize("cut", ["A", "B"])
+def test_a_file_that_one_store_took_fewer_rows_of_stands_before_another(
+    store, data_file, compared, call_verb, tmp_path: Path, cut: str
+):
+    """The numbers that the rows left out would have are those of the next file's rows."""
+    parts = [store(it, [data_file(it, count)], user_row_ids=False) for it, count in (("a", 2), ("b", 4))]
+    call_verb(merge, *parts, "-o", tmp_path / "few")
+    stores = [tmp_path / "few", store("all", [data_file("a", 6), data_file("b", 4)], user_row_ids=False)]
+    stdout = compared(*(stores if cut == "A" else stores[::-1]))
+    alone = "0 of A, 4 of B" if cut == "A" else "4 of A, 0 of B"
+    assert f"6 rows correspond, by row of the data file; without a counterpart: {alone}" in stdout
+    assert "differ in ids or targets" not in stdout
     assert table_of(stdout)["logprob"] == ["18"] + ["0.00e+00"] * 5
 
 
