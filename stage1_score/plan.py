@@ -132,7 +132,7 @@ def _data_files(config: Config, found: Manifest | None) -> tuple[list[Path], Hub
 def _source(
     config: Config, paths: list[Path], row_format: RowFormat, found: Source | None, hub: HubSource | None
 ) -> Source:
-    """The source as it is now; files whose size and time are those recorded are not read again."""
+    """The source as it is now; files of the recorded size and time are read again only for rows that never were."""
     data, score = config.data, config.score
     recorded = () if found is None or score.rehash else found.files
     is_known = (
@@ -141,11 +141,13 @@ def _source(
         and len(recorded) == len(paths)
         and all(map(_is_unchanged, recorded, paths))
     )
-    if found is None or not is_known:
-        source = scan_source(paths, row_format, data.limit, score.shard_rows, hub)
-    else:
+    source = None
+    if found is not None and is_known:
         source = Source(format=row_format.name, columns=row_format.columns_read(), limit=data.limit, files=recorded,
                         shard_rows=score.shard_rows, weighted=found.weighted, hub=hub)  # fmt: skip
+    # Rows that a larger limit adds were not parsed when the files were read.
+    if source is None or found is None or source.num_rows > found.num_rows:
+        source = scan_source(paths, row_format, data.limit, score.shard_rows, hub)
     # Without files or a limit that grew, the shards are those of the store.
     if found is None or found.num_rows != source.num_rows:
         return source

@@ -111,6 +111,23 @@ def test_another_change_is_refused(score, tmp_path: Path, change: Callable[[byte
     assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("new", "reason"), [(lines(range(2, 3)), "'row-2' is already at"), (b'{"id": "x", "prompt": 3}\n', "data.jsonl:9:")]
+)
+def test_rows_that_a_larger_limit_adds_are_parsed_before_the_store_knows_of_them(
+    score, tmp_path: Path, new: bytes, reason: str
+):
+    """The file is as it was, and of its rows only those within the limit were looked at."""
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(lines(range(8)) + new)
+    assert score(f"data.path={data}", "data.limit=8").code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
+    outcome = score(f"data.path={data}", "score.extend=true")
+    assert outcome.code == 2, outcome.stdout
+    assert reason in outcome.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
+
+
 def test_a_line_that_was_written_on_is_refused(score, tmp_path: Path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}')
