@@ -7,7 +7,7 @@ from pathlib import Path
 from inspection.harmless import harmless
 from inspection.provenance import Span, differing_meanings, differing_sources, field_table, spans
 from shared.errors import UserError
-from shared.score_store import Manifest
+from shared.score_store import DataFile, Manifest
 from shared.shards import Shard, open_store
 
 _AND = " and "
@@ -38,16 +38,20 @@ class Part:
 
 def merged_manifest(manifests: Sequence[Manifest]) -> Manifest:
     """The manifest of the new store: the first one's, but for the source and the recorded software."""
-    files = [
-        span.file.model_copy(update={"num_rows": span.num_rows})
-        for manifest in manifests
-        for span in spans(manifest.source)
-    ]
+    files = [_as_used(span) for manifest in manifests for span in spans(manifest.source)]
     is_weighted = any(manifest.source.weighted for manifest in manifests)
     update = {"files": tuple(files), "limit": None, "extended_at": (), "weighted": is_weighted}
     source = manifests[0].source.model_copy(update=update)
     software = joined([manifest.software for manifest in manifests])
     return manifests[0].model_copy(update={"source": source, "software": software})
+
+
+def _as_used(span: Span) -> DataFile:
+    """The record of a data file with the rows that were used of it."""
+    if span.num_rows == span.file.num_rows:
+        return span.file
+    # No file was changed then: a run of prift-score on the new store reads the file again, and finds more rows.
+    return span.file.model_copy(update={"num_rows": span.num_rows, "mtime_ns": 0})
 
 
 def open_parts(stores: Sequence[Path]) -> list[Part]:

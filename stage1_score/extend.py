@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,8 +38,15 @@ def grown_manifest(found: Manifest, now: Source) -> Manifest | None:
             f"score.extend: the store holds rows of {len(old.files)} files, data.path names {len(now.files)}"
         )
     for place, (before, after) in enumerate(zip(old.files, now.files, strict=False)):
+        is_last = place == len(old.files) - 1
         if before.sha256 != after.sha256:
-            _refuse_other_beginning(before, after, is_last=place == len(old.files) - 1)
+            _refuse_file_before(before, now.files[place:])
+            _refuse_other_beginning(before, after, is_last)
+        elif before.num_rows != after.num_rows and not is_last:
+            raise UserError(
+                f"score.extend: the store was merged and holds {before.num_rows} of the {after.num_rows} rows of "
+                f"{after.path}, and rows of other files after them: score the rest into another store"
+            )
     if now.num_rows < old.num_rows:
         raise UserError(f"score.extend: the store holds {old.num_rows} rows, data.limit={now.limit} asks for fewer")
     if now.weighted and not old.weighted:
@@ -50,6 +58,16 @@ def grown_manifest(found: Manifest, now: Source) -> Manifest | None:
     extended_at = (*old.extended_at, old.num_rows) if grew else old.extended_at
     source = now.model_copy(update={"extended_at": extended_at, "weighted": old.weighted})
     return found.model_copy(update={"source": source})
+
+
+def _refuse_file_before(scored: DataFile, files: Sequence[DataFile]) -> None:
+    """Refuse a new file that stands before one whose rows were scored, as a glob may put it."""
+    places = [place for place, file in enumerate(files) if file.sha256 == scored.sha256]
+    if places:
+        raise UserError(
+            f"score.extend: {files[0].path} stands before {files[places[0]].path}, whose rows are scored: name the "
+            "files of data.path one by one, new ones at the end"
+        )
 
 
 def _refuse_other_beginning(before: DataFile, after: DataFile, is_last: bool) -> None:

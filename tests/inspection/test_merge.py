@@ -124,6 +124,31 @@ def test_a_limited_store_records_the_rows_it_used(limited, store, data_file, mer
     )
 
 
+def test_scoring_sees_that_a_merged_store_lacks_rows_of_a_file(
+    prift_score, merged, tmp_path: Path, plain_prior: Path, write_jsonl
+):
+    """Rows between those of the store have no number in it."""
+    paths = [write_jsonl(tmp_path / f"{it}.jsonl", [{"prompt": f"{it}{n} ", "completion": "x"} for n in range(4)])
+             for it in "ab"]  # fmt: skip
+
+    def score(output: Path, data: list[Path], *more: str) -> Any:
+        return prift_score(
+            f"prior.model={plain_prior}", f"score.output={output}", f"data.path=[{','.join(map(str, data))}]",
+            "score.engine=transformers", "score.device=cpu", "score.shard_rows=3", *more,
+        )  # fmt: skip
+
+    assert score(tmp_path / "one", paths[:1], "data.limit=2").code == 0
+    assert score(tmp_path / "two", paths[1:]).code == 0
+    joined = merged(tmp_path / "one", tmp_path / "two")
+    before = {path.name: path.read_bytes() for path in joined.iterdir()}
+    assert "source.files" in score(joined, paths).stderr
+    for word in ("score.extend=true", "score.rehash=true"):
+        outcome = score(joined, paths, "score.extend=true", word)
+        assert outcome.code == 2
+        assert f"holds 2 of the 4 rows of {paths[0]}, and rows of other files after them" in outcome.stderr
+    assert {path.name: path.read_bytes() for path in joined.iterdir()} == before
+
+
 def test_rows_of_one_file_in_two_stores_are_refused(limited, data_file, refusal):
     stores = [limited(name, limit, [data_file("a", 9)]) for name, limit in (("few", 2), ("more", 5))]
     message = refusal(*stores)

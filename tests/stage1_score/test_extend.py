@@ -128,6 +128,17 @@ def test_rows_that_a_larger_limit_adds_are_parsed_before_the_store_knows_of_them
     assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
 
 
+def test_a_new_file_before_scored_ones_is_refused(score, tmp_path: Path):
+    """As a glob sorts it; nothing was changed in it, so that is not what is said."""
+    for name, rows in (("a", range(4)), ("c", range(4, 8))):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(rows))
+    assert score(f"data.path={tmp_path}/*.jsonl").code == 0
+    (tmp_path / "b.jsonl").write_bytes(lines(range(8, 10)))
+    outcome = score(f"data.path={tmp_path}/*.jsonl", "score.extend=true")
+    assert outcome.code == 2
+    assert f"{tmp_path}/b.jsonl stands before {tmp_path}/c.jsonl, whose rows are scored" in outcome.stderr
+
+
 def test_a_line_that_was_written_on_is_refused(score, tmp_path: Path):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}')
