@@ -49,13 +49,20 @@ def token_texts(tokenizer: Any | None, ids: Sequence[int]) -> list[str]:
         return [f"#{token}" for token in ids]
     from tokenizers.decoders import DecodeStream
 
-    stream = DecodeStream(skip_special_tokens=False)
-    texts = [stream.step(tokenizer.backend_tokenizer, int(token)) for token in ids]
-    shown = ["" if text is None else _shown(text) for text in texts]
-    num_open = next((n for n, text in enumerate(reversed(texts)) if text is not None), len(texts))
-    if num_open:
-        shown[-1] = _shown(tokenizer.decode(list(ids)[-num_open:]))
-    return shown
+    stream, texts, pending = DecodeStream(skip_special_tokens=False), [], []
+    for token in map(int, ids):
+        pending.append(token)
+        try:
+            text = stream.step(tokenizer.backend_tokenizer, token)
+        # It has no type of its own: bytes that are no character change what the byte before them, already given, means.
+        except Exception:
+            text, stream = tokenizer.decode(pending), DecodeStream(skip_special_tokens=False)
+        texts.append("" if text is None else _shown(text))
+        if text is not None:
+            pending = []
+    if pending:
+        texts[-1] = _shown(tokenizer.decode(pending))
+    return texts
 
 
 def single_text(tokenizer: Any | None, token: int) -> str:

@@ -20,6 +20,20 @@ def test_bytes_that_are_no_character_are_shown_and_the_rest_is_right(plain_token
     assert "".join(texts) == "a\ufffdbc\ufffd"
 
 
+def test_bytes_that_undo_a_character_are_shown(reference: Path):
+    """A tokenizer with byte fallback joins neighbouring bytes: a broken character takes a whole one with it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(reference / "data/stories260K")
+    newline, broken, word = tokenizer.convert_tokens_to_ids(["<0x0A>", "<0xE6>", "▁the"])
+    texts = token_texts(tokenizer, [newline, broken, word, word, newline])
+    assert texts[0] == "\n"
+    assert texts[1] == ""
+    assert "\ufffd" in texts[2]
+    assert "the" in texts[2]
+    assert "".join(texts[3:]).strip(" ") == "the\n"
+
+
 def test_special_tokens_and_line_breaks_are_seen_and_controls_named(plain_tokenizer):
     assert token_texts(plain_tokenizer, [256, 0x0A, 0x1B, 257]) == ["<s>", "\n", r"\x1b", "</s>"]
     assert single_text(plain_tokenizer, 0x1B) == r"\x1b"
