@@ -66,16 +66,16 @@ def choose_rows(shards: Sequence[Shard], asked: Sequence[str]) -> dict[int, str]
 
 
 def load_rows(shards: Sequence[Shard], chosen: dict[int, str], tokenizer: Any | None) -> list[ExampleRow]:
-    """Read and decode the chosen rows: those asked for first, then best, median and worst."""
+    """Read and decode the chosen rows: those asked for first, then best, median and worst, as many as a page holds."""
     frame = scan_rows(shards).filter(pl.col("source_index").is_in(list(chosen))).collect(engine="streaming")
     kinds = ("asked", "best", "median", "worst")
     rows = [_example(row, chosen[row["source_index"]], tokenizer) for row in frame.iter_rows(named=True)]
     rows.sort(key=lambda row: (kinds.index(row.kind), -row.mean_logprob, row.source_index))
     room, kept = _MOST_TOKENS, []
     for row in rows:
-        room -= len(row.ids)
-        if room >= 0:
+        if len(row.ids) <= room:
             kept.append(row)
+            room -= len(row.ids)
     return kept
 
 

@@ -60,13 +60,15 @@ def report_page(store: Path, asked: Sequence[str] = (), tokenizer_path: str | No
     manifest, shards = open_store(store)
     tokenizer = load_store_tokenizer(manifest, tokenizer_path)
     numbers = measure(store)
-    rows = load_rows(shards, choose_rows(shards, asked), tokenizer)
+    chosen = choose_rows(shards, asked)
+    rows = load_rows(shards, chosen, tokenizer)
     script = (_PAGE / "report.js").read_text(encoding="utf-8")
     template = _environment().get_template("report.html")
     return template.render(
         name=harmless(store.resolve().name), prior_name=harmless(manifest.prior_name), rows=rows,
-        warnings=_warnings(numbers, manifest, tokenizer), identity=_identity(manifest), data=_data(rows, numbers),
-        style=_safe((_PAGE / "report.css").read_text(encoding="utf-8")), script=script,
+        warnings=_warnings(numbers, manifest, tokenizer, len(chosen) - len(rows)),
+        identity=_identity(manifest), data=_data(rows, numbers), script=script,
+        style=_safe((_PAGE / "report.css").read_text(encoding="utf-8")),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         **_tables(numbers, manifest, tokenizer),
     )  # fmt: skip
@@ -143,7 +145,7 @@ def _dropped_tokens(numbers: "StoreNumbers", tokenizer: Any | None) -> _TokenTab
     return "dropped", "Tokens most often dropped", "By PriFT-mass at threshold 0.5.", lines
 
 
-def _warnings(numbers: "StoreNumbers", manifest: "Manifest", tokenizer: Any | None) -> list[str]:
+def _warnings(numbers: "StoreNumbers", manifest: "Manifest", tokenizer: Any | None, num_left_out: int) -> list[str]:
     from shared.outlook import warnings_of
 
     found = [
@@ -159,6 +161,8 @@ def _warnings(numbers: "StoreNumbers", manifest: "Manifest", tokenizer: Any | No
             f"The prior's tokenizer is not at {manifest.prior_name}: tokens are shown as ids; --tokenizer says where "
             "it lies."
         )
+    if num_left_out:
+        found.append(f"The page has no room for {num_left_out:,} of the rows to show; prift-inspect show finds each.")
     return found
 
 

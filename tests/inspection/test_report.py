@@ -1,5 +1,6 @@
 """`prift-inspect report`: its numbers against polars, and data that would like to be more than text."""
 
+import dataclasses
 import json
 import math
 import re
@@ -7,11 +8,13 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
-from inspection import report
+from inspection import example_rows, report
 from inspection.report import report_page
 from shared.errors import UserError
 
@@ -194,6 +197,27 @@ def test_a_row_that_is_asked_for(demo_store: Path, call_verb: Callable[..., str]
     assert (first["row_id"], first["kind"], first["ids"]) == (row_id, "asked", rows["input_ids"][7].to_list())
     with pytest.raises(UserError, match="no row has the id 'nowhere'"):
         call_verb(report, demo_store, "--row", "nowhere")
+
+
+def test_rows_that_a_page_has_no_room_for_are_told_of(store, data_file, monkeypatch: pytest.MonkeyPatch):
+    """A row that does not fit takes no room from the shorter ones after it."""
+
+    def change(row: Any) -> Any:
+        return dataclasses.replace(row, input_ids=np.resize(row.input_ids, 9 if row.row_id == "a1" else 5))
+
+    folder = store("s", [data_file("a", 20)], change=change)
+    monkeypatch.setattr(example_rows, "_MOST_TOKENS", 27)
+    page = report_page(folder, ["a7", "a1", "a9"])
+    shown = json.loads(page.split('id="data">')[1].split("</script>")[0])["rows"]
+    assert [row["kind"] for row in shown] == ["asked"] * 3 + ["best"]
+    assert len({row["row_id"] for row in shown} & {"a1", "a7", "a9"}) == 3
+    assert "The page has no room for 11 of the rows to show" in page
+    monkeypatch.setattr(example_rows, "_MOST_TOKENS", 8)
+    page = report_page(folder, ["a1", "a7"])
+    shown = json.loads(page.split('id="data">')[1].split("</script>")[0])["rows"]
+    assert [row["row_id"] for row in shown] == ["a7"]
+    monkeypatch.undo()
+    assert "no room" not in report_page(folder)
 
 
 def test_without_the_tokenizer_tokens_are_ids(store, data_file):
