@@ -65,7 +65,10 @@ class Trainer:
         done = self.saved_step if self.is_resumed else None
         tracking = track(self.config, self.job.output, done, self.world.rank == 0)
         with stop_switch(STOP_SIGNALS, self.stop), tracking as self.trackers:
+            # Trackers start and end on rank 0 alone, and may wait for a server.
+            self.world.wait_for_all()
             self._train()
+        self.world.wait_for_all()
         self.loader.close()
         export_model(self.engine, self.model, self.job)
         self.world.wait_for_all()

@@ -96,17 +96,24 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_in_time(
 
 SLOW_PHASES = """
 import os, sys, time
+from contextlib import contextmanager
 import stage2_train.checkpoint as checkpoint
 import stage2_train.trainer as trainer
-convert, export = checkpoint.convert, trainer.export_model
+convert, export, track = checkpoint.convert, trainer.export_model, trainer.track
 def slowly(function):
-    def slow(*arguments):
-        result = function(*arguments)
+    def slow(*arguments, **options):
+        result = function(*arguments, **options)
         if os.environ["RANK"] == "0":
             time.sleep(12)
         return result
     return slow
-checkpoint.convert, trainer.export_model = slowly(convert), slowly(export)
+@contextmanager
+def slow_track(*arguments):
+    with track(*arguments) as trackers:
+        slowly(print)("trackers start", flush=True)
+        yield trackers
+        slowly(print)("trackers end", flush=True)
+checkpoint.convert, trainer.export_model, trainer.track = slowly(convert), slowly(export), slow_track
 if __name__ == "__main__":
     from stage2_train.train import main
     main()
@@ -114,7 +121,7 @@ if __name__ == "__main__":
 
 
 def test_long_work_of_one_rank_is_waited_for(demo_store: Path, pipeline: Path, tmp_path: Path):
-    """Converting a checkpoint and writing the model take longer than the timeout."""
+    """Converting a checkpoint, starting and ending trackers and writing the model take longer than the timeout."""
     run, script = tmp_path / "run", tmp_path / "slow.py"
     script.write_text(SLOW_PHASES)
     case = [*training(demo_store, run, 3), "train.max_steps=6", f"train.timeout_seconds={TIMEOUT}"]
