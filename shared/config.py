@@ -407,7 +407,7 @@ class TrainConfig(_Strict):
     """The newest so many checkpoints are kept."""
     resume: str = "auto"
     """`auto`: from the newest checkpoint of `train.output`. `never`: refuse a folder that holds a run. Else the
-    path of a checkpoint."""
+    path of a checkpoint, for one start: those of later steps are removed."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """What else gets each line of metrics.jsonl and eval.jsonl: tensorboard, wandb (the extra `tracking`)."""
     tracking_project: str = Field(default="prift", min_length=1)

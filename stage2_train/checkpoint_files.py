@@ -88,13 +88,18 @@ def prune_checkpoints(run: Path, keep: int) -> None:
         remove(folder)
 
 
-def remove_checkpoints_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of later steps, damaged ones too; `LATEST` names that step's."""
+def remove_checkpoints_after(run: Path, step: int) -> list[str]:
+    """Remove the checkpoints of later steps, damaged ones too; `LATEST` names that step's.
+
+    Returns:
+        The names of those removed.
+    """
     newest = checkpoint_folder(run, step)
     _write_latest(newest)
-    for folder in _checkpoints(run):
-        if folder.name > newest.name:
-            remove(folder)
+    later = [folder for folder in _checkpoints(run) if folder.name > newest.name]
+    for folder in later:
+        remove(folder)
+    return [folder.name for folder in later]
 
 
 def lack_of_room(run: Path, times: float = 1.2) -> UserError | None:

@@ -208,9 +208,11 @@ class Trainer:
         self.guard.num_steps = state.num_nonfinite_steps
         refuse_other_loss(state.probe_nll, self._probe(state.step), resolve_dtype(self.config), folder)
         # Where an older checkpoint was asked for or taken, what came after it is made again.
-        if self.world.rank == 0:
-            remove_checkpoints_after(self.job.output, state.step)
-        self._say(f"resumed from {folder}, after step {state.step}")
+        later = remove_checkpoints_after(self.job.output, state.step) if self.world.rank == 0 else []
+        removed = f"; {', '.join(later)} removed, these steps are made again" if later else ""
+        self._say(f"resumed from {folder}, after step {state.step}{removed}")
+        if self.config.resume != "auto":
+            self._say("WARNING: train.resume=PATH begins there at each start: leave it out to go on from what comes")
         return state.step
 
     def _probe(self, step: int) -> float:

@@ -159,8 +159,15 @@ def test_a_model_with_dropout_resumes_to_the_same_numbers_from_any_checkpoint(
     assert len(whole) == 6
     again = train_cases([[*case, f"train.resume={run}/checkpoints/step-0000003"]])
     assert again.code == 0, again.output
+    later = ", ".join(f"step-000000{step}" for step in (4, 5, 6))
+    assert f"after step 3; {later} removed, these steps are made again" in again.output
+    assert "WARNING: train.resume=PATH begins there at each start" in again.output
     assert metrics_of(run) == whole
     assert (run / "model" / "model.safetensors").read_bytes() == weights
+    # By itself a run goes on from its newest checkpoint, and nothing is removed or warned of.
+    finished = train_cases([case])
+    assert f"resumed from {run}/checkpoints/step-0000006, after step 6\n" in finished.output
+    assert "train.resume=PATH" not in finished.output
     elsewhere = train_cases([[*case, f"train.resume={tmp_path}/elsewhere"]])
     assert elsewhere.code != 0
     assert "expected a checkpoint in" in elsewhere.output
