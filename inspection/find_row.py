@@ -45,7 +45,7 @@ def find_row(store: Path, manifest: Manifest, shards: Sequence[Shard], name: str
             num_found += found.num_rows
             indices += found.column("source_index").to_pylist()[: _MOST_LISTED + 1 - len(indices)]
     if not indices:
-        raise UserError(_no_such_id(store, shards, name))
+        raise UserError(_no_such_id(store, manifest, shards, name))
     rows = _rows_at(store, manifest, shards, indices[0])
     exact = [row for row in rows if row.row_id == name]
     if len(set(indices)) == 1:
@@ -86,13 +86,15 @@ def _rows_at(store: Path, manifest: Manifest, shards: Sequence[Shard], index: in
     raise UserError(f"{holder.path}: #{index} is neither in it nor among the dropped rows: prift-inspect verify")
 
 
-def _no_such_id(store: Path, shards: Sequence[Shard], name: str) -> str:
+def _no_such_id(store: Path, manifest: Manifest, shards: Sequence[Shard], name: str) -> str:
     for dropped in _dropped(store, shards):
         if dropped["row_id"] == name:
             return _dropped_in_words(dropped)
     table = next(table for shard in shards for table in read_batches(shard, ["row_id"]) if table.num_rows)
     example = table.column("row_id")[0].as_py()
-    return f"{store}: no row has the id {name!r}; the first one has {example!r}. '#0' is the row at source_index 0"
+    num_shards = manifest.source.num_shards
+    where = f" in the {len(shards)} of {num_shards} shards that are scored yet" if len(shards) < num_shards else ""
+    return f"{store}: no row{where} has the id {name!r}; the first has {example!r}. '#0' is the row at source_index 0"
 
 
 def _dropped(store: Path, shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:

@@ -175,7 +175,7 @@ def test_a_dropped_row_says_why(store: Path, shown):
 
 
 def test_no_such_row(store: Path, shown):
-    with pytest.raises(UserError, match="no row has the id 'nobody'; the first one has 'first'"):
+    with pytest.raises(UserError, match="no row has the id 'nobody'; the first has 'first'"):
         shown(store, "nobody")
     with pytest.raises(UserError, match="#4: expected a source_index below 4"):
         shown(store, "#4")
@@ -186,3 +186,5 @@ def test_an_unfinished_store_shows_what_is_there(store: Path, shown):
     assert "row first (#0)" in shown(store, "first")
     with pytest.raises(UserError, match="#3: the shard that holds this row is not scored yet"):
         shown(store, "#3")
+    with pytest.raises(UserError, match="no row in the 1 of 2 shards that are scored yet has the id 'nobody'"):
+        shown(store, "nobody")
