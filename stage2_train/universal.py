@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -67,7 +68,20 @@ def convert(source: Path, target: Path) -> None:
             raise UserError(f"{source}: the process that converts it was killed; it may be short of memory") from None
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it is killed: the next start converts into the same folder."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _convert(source: str, target: str) -> None:
+    _end_with_parent()
     from deepspeed.checkpoint.ds_to_universal import main
 
     arguments = Namespace(
