@@ -302,7 +302,7 @@ def test_a_damaged_store_is_refused(
     code = exit_code_of(lambda: train(str(pipeline), [*overrides, f"train.output={tmp_path}/run"]), "train.py")
     error = capsys.readouterr().err
     assert code == 2
-    assert {"page": "a page is corrupted", "unfinished": "is unfinished", "schema": "schema version 1 or 2, found 99"}[
+    assert {"page": "a page is corrupted", "unfinished": "is unfinished", "schema": "version from 1 to 3, found 99"}[
         damage
     ] in error
     assert len(error.strip().splitlines()) == 1
