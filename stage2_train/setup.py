@@ -193,6 +193,7 @@ def _refuse_other_settings(job: Job) -> None:
     """Refuse to go on from a checkpoint of a run with other settings."""
     if not job.checkpoints:
         _refuse_other_config(job)
+        _refuse_finished(job.output)
         return
     newest = job.checkpoints[0]
     state = read_state(newest)
@@ -211,6 +212,15 @@ def _refuse_other_config(job: Job) -> None:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))["train"]
         unwritten = {"scores_key": job.cache.key, "model_weights": job.model_weights}
         _refuse_differences(job, str(job.output), {**unwritten, **_binding(stored)})
+
+
+def _refuse_finished(output: Path) -> None:
+    """Refuse to begin where a model lies: that of a finished run without its checkpoints, or any other."""
+    if (output / "model").exists():
+        raise UserError(
+            f"{output / 'model'} is there, and no checkpoint to go on from: training would begin at step 1 and replace "
+            "it; give another train.output, or move it away"
+        )
 
 
 def _refuse_differences(job: Job, place: str, stored: dict[str, Any]) -> None:

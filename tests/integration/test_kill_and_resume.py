@@ -78,7 +78,8 @@ def test_a_run_stopped_before_its_first_checkpoint_is_not_overwritten_by_another
 ):
     case = training(demo_store, tmp_path / "run", 1)
     assert train_cases([case]).code == 0
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
     written = metrics_of(tmp_path / "run")
     other = finish(deepspeed_command(1, *case, "train.seed=5", pipeline=pipeline))
     assert other.code == 2
@@ -88,6 +89,19 @@ def test_a_run_stopped_before_its_first_checkpoint_is_not_overwritten_by_another
     assert again.code == 0, again.output
     assert "starts over at step 1" in again.output
     assert metrics_of(tmp_path / "run") == written
+
+
+def test_a_finished_run_without_its_checkpoints_is_kept(demo_store: Path, pipeline: Path, tmp_path: Path):
+    """As after tidying up; neither its metrics nor its model are written over, nor a base model that lies there."""
+    run = tmp_path / "run"
+    shutil.copytree(REPOSITORY / "data/demo/prior", run / "model")
+    (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    case = [*training(demo_store, run, 1), f"train.model={run}/model"]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = finish([sys.executable, "stage2_train/train.py", str(pipeline), *case])
+    assert done.code == 2, done.output
+    assert f"{run}/model is there, and no checkpoint to go on from" in done.output
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_deterministic_operations_suffice_and_change_nothing_on_a_cpu(demo_store: Path, pipeline: Path, tmp_path: Path):
