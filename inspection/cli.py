@@ -3,7 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
+
+from shared.cli import place_argument
+from shared.places import Place
 
 _CROSS_CHECK_OPTIONS = """\
 options, as key=value words:
@@ -37,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="prift-inspect", description="Look at score stores.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     verify = verbs.add_parser("verify", help="reread every page and check every row; exit 3 with the first offenders")
-    verify.add_argument("store", type=Path)
+    verify.add_argument("store", type=place_argument)
     verify.set_defaults(run=lambda arguments: _verify(arguments.store))
     meaning = "score a sample of the rows again by the other engine; exit 3 where the numbers differ too much"
     check = verbs.add_parser(
@@ -47,7 +49,7 @@ def main() -> None:
         epilog=_CROSS_CHECK_OPTIONS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument("store", type=Path, help="folder of the score store, finished or not")
+    check.add_argument("store", type=place_argument, help="folder of the score store, finished or not")
     check.add_argument("options", nargs="*", metavar="key=value", help="see below")
     check.set_defaults(run=lambda arguments: _cross_check(arguments.store, arguments.options))
     for name, about in _MODULES.items():
@@ -62,7 +64,7 @@ def main() -> None:
     leave(exit_code_of(lambda: arguments.run(arguments), "prift-inspect"))
 
 
-def _verify(store: Path) -> None:
+def _verify(store: Place) -> None:
     from shared.errors import CheckFailed
     from shared.verify import verify_store
 
@@ -72,7 +74,7 @@ def _verify(store: Path) -> None:
     print(f"{store}: {result.num_rows:,} rows, {result.num_targets:,} targets, all pages and invariants hold")
 
 
-def _cross_check(store: Path, options: Sequence[str]) -> None:
+def _cross_check(store: Place, options: Sequence[str]) -> None:
     from stage1_score.cross_check import cross_check, parse_options
 
     cross_check(store, parse_options(options))

@@ -3,10 +3,11 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.cli import place_argument
 from shared.errors import UserError
+from shared.places import Place
 
 if TYPE_CHECKING:
     from inspection.comparison import Comparison
@@ -16,8 +17,8 @@ _THRESHOLD = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("left", type=Path, metavar="A", help="folder of a finished score store")
-    parser.add_argument("right", type=Path, metavar="B", help="another; differences are B - A")
+    parser.add_argument("left", type=place_argument, metavar="A", help="folder of a finished score store")
+    parser.add_argument("right", type=place_argument, metavar="B", help="another; differences are B - A")
     parser.add_argument(
         "--threshold", type=float, action="append", metavar="U",
         help=f"threshold at which the decisions of PriFT-mass are compared, repeatable; default: {_THRESHOLD}",
@@ -48,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         _print(comparison, arguments.left, arguments.right)
 
 
-def _print(found: "Comparison", left: Path, right: Path) -> None:
+def _print(found: "Comparison", left: Place, right: Place) -> None:
     from inspection.provenance import field_table
     from stage1_score.compare_scores import print_differences, print_flips
 

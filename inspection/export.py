@@ -7,13 +7,16 @@ token is not a target). All three lists are as long as the row, and stand with t
 import argparse
 from pathlib import Path
 
+from shared.cli import local_argument, place_argument
 from shared.rules import METHODS, RULE_COLUMNS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("store", type=Path, help="folder of a finished score store")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="file or folder (hf) to write")
+    parser.add_argument("store", type=place_argument, help="folder of a finished score store")
+    parser.add_argument(
+        "-o", "--output", type=local_argument, required=True, metavar="OUT", help="file or folder (hf) to write"
+    )
     parser.add_argument(
         "--format", choices=("jsonl", "parquet", "hf"), required=True,
         help="JSON lines, one Parquet file, or a folder for datasets.load_from_disk",

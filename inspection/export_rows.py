@@ -5,7 +5,6 @@ Shape suffixes: N targets of a row group, T its tokens.
 
 import difflib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from inspection.reading import sound_tables
 from shared.config import TrainConfig, WeightingConfig
 from shared.errors import UserError
+from shared.places import Place
 from shared.score_store import TARGET_WEIGHT, Manifest
 from shared.shards import Shard, flatten
 from shared.weighting import TargetStatistics, Weighting, resolve_weighting
@@ -85,7 +85,7 @@ def _number(word: str) -> tuple[str, float]:
 class ExportedRows:
     """The rows of a store with their weights, as tables of `SCHEMA`; counts what has passed."""
 
-    def __init__(self, store: Path, manifest: Manifest, shards: Sequence[Shard], weighting: Weighting):
+    def __init__(self, store: Place, manifest: Manifest, shards: Sequence[Shard], weighting: Weighting):
         have = list(manifest.identity.columns)
         for name in weighting.columns:
             if name not in have:

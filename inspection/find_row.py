@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -11,6 +10,7 @@ import pyarrow.compute as pc
 
 from inspection.harmless import harmless
 from shared.errors import UserError
+from shared.places import Place
 from shared.score_store import Manifest
 from shared.shards import ScoredRow, Shard, dropped_path, read_batches
 from shared.verify import row_problems
@@ -30,7 +30,7 @@ class FoundRow:
     """The first of the others, as this verb takes them: `#N`, or the row ids of turns."""
 
 
-def find_row(store: Path, manifest: Manifest, shards: Sequence[Shard], name: str) -> FoundRow:
+def find_row(store: Place, manifest: Manifest, shards: Sequence[Shard], name: str) -> FoundRow:
     """Find a row by its id, or by its `source_index` as `#N`; a split conversation by either, or a turn by its own id.
 
     Raises:
@@ -64,7 +64,7 @@ def _as_found(rows: Sequence[ScoredRow]) -> FoundRow:
     return FoundRow(rows[0], len(rows), [row.row_id for row in rows[1 : _MOST_LISTED + 1]])
 
 
-def _rows_at(store: Path, manifest: Manifest, shards: Sequence[Shard], index: int) -> list[ScoredRow]:
+def _rows_at(store: Place, manifest: Manifest, shards: Sequence[Shard], index: int) -> list[ScoredRow]:
     """The rows of a source row: one, or as many as it has turns where it was split."""
     source = manifest.source
     if index >= source.num_rows:
@@ -86,7 +86,7 @@ def _rows_at(store: Path, manifest: Manifest, shards: Sequence[Shard], index: in
     raise UserError(f"{holder.path}: #{index} is neither in it nor among the dropped rows: prift-inspect verify")
 
 
-def _no_such_id(store: Path, manifest: Manifest, shards: Sequence[Shard], name: str) -> str:
+def _no_such_id(store: Place, manifest: Manifest, shards: Sequence[Shard], name: str) -> str:
     for dropped in _dropped(store, shards):
         if dropped["row_id"] == name:
             return _dropped_in_words(dropped)
@@ -97,7 +97,7 @@ def _no_such_id(store: Path, manifest: Manifest, shards: Sequence[Shard], name: 
     return f"{store}: no row{where} has the id {name!r}; the first has {example!r}. '#0' is the row at source_index 0"
 
 
-def _dropped(store: Path, shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
+def _dropped(store: Place, shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
     for shard in shards:
         path = dropped_path(store, shard.index)
         if path.is_file():

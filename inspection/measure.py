@@ -6,7 +6,6 @@ Shape suffix: N targets of a block.
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from inspection.store_numbers import THRESHOLDS, Column, Histogram, PositionBin,
 from inspection.target_blocks import TargetBlock, target_blocks
 from shared.errors import UserError
 from shared.outlook import Outlook, WeightSums
+from shared.places import Place
 from shared.rules import RULE_COLUMNS, RULE_PARAMETERS
 from shared.score_store import TARGET_WEIGHT, Manifest
 from shared.shards import dropped_path, open_store
@@ -25,7 +25,7 @@ _CHOSEN = {"prob_power": {"alpha": 0.5}, "prob_above": {"min_prob": 0.1}}
 """Parameters of rules that have no default, chosen for the table."""
 
 
-def measure(store: Path) -> StoreNumbers:
+def measure(store: Place) -> StoreNumbers:
     """Read a finished store once, every page's checksum and every shard's digest verified.
 
     Raises:
@@ -53,7 +53,7 @@ def measure(store: Path) -> StoreNumbers:
     )  # fmt: skip
 
 
-def _lines(path: Path) -> int:
+def _lines(path: Place) -> int:
     if not path.is_file():
         return 0
     with path.open("rb") as file:

@@ -8,14 +8,17 @@ Rows are duplicates where they are the same row of the same data file; repeated 
 import argparse
 from pathlib import Path
 
+from shared.cli import local_argument, place_argument
 from shared.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("stores", type=Path, nargs="+", metavar="STORE", help="folders of two or more finished stores")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder to write; not there yet"
+        "stores", type=place_argument, nargs="+", metavar="STORE", help="folders of two or more finished stores"
+    )
+    parser.add_argument(
+        "-o", "--output", type=local_argument, required=True, metavar="OUT", help="folder to write; not there yet"
     )
     parser.add_argument(
         "--duplicates", choices=("refuse", "keep-first"), default="refuse",

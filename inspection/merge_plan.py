@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from inspection.harmless import harmless
 from inspection.provenance import Span, differing_meanings, differing_sources, field_table, spans
 from shared.errors import UserError
+from shared.places import Place, kept_copy
 from shared.score_store import DataFile, Manifest
 from shared.shards import Shard, open_store
 
@@ -20,7 +20,7 @@ class Duplicates:
     rows: range
     """Their source indices in the store."""
     span: Span
-    holder: Path
+    holder: Place
     """The store that they are kept from."""
 
 
@@ -28,7 +28,7 @@ class Duplicates:
 class Part:
     """A store that is merged."""
 
-    store: Path
+    store: Place
     manifest: Manifest
     shards: list[Shard]
     first: int
@@ -54,11 +54,11 @@ def _as_used(span: Span) -> DataFile:
     return span.file.model_copy(update={"num_rows": span.num_rows, "mtime_ns": 0})
 
 
-def open_parts(stores: Sequence[Path]) -> list[Part]:
+def open_parts(stores: Sequence[Place]) -> list[Part]:
     """Open the stores in their order, and find which rows of each are duplicates of rows in those before it."""
     parts: list[Part] = []
     # Of each file's content: how many of its first rows the stores so far hold, and which of them holds them.
-    held: dict[str, list[tuple[int, Path]]] = {}
+    held: dict[str, list[tuple[int, Place]]] = {}
     first = 0
     for store in stores:
         manifest, shards = open_store(store)
@@ -71,7 +71,7 @@ def open_parts(stores: Sequence[Path]) -> list[Part]:
     return parts
 
 
-def _duplicates(span: Span, held: Sequence[tuple[int, Path]]) -> list[Duplicates]:
+def _duplicates(span: Span, held: Sequence[tuple[int, Place]]) -> list[Duplicates]:
     """The rows of a span that the stores before hold, by which of them comes first."""
     found, start = [], 0
     for count, holder in held:
@@ -137,7 +137,8 @@ def _refuse_repeated_ids(parts: Sequence[Part]) -> None:
     for number, part in enumerate(parts):
         if not any(shard.num_rows for shard in part.shards):
             continue
-        scan = pl.scan_parquet([shard.path for shard in part.shards if shard.num_rows]).select("row_id", "source_index")
+        scan = pl.scan_parquet([kept_copy(shard.path) for shard in part.shards if shard.num_rows])
+        scan = scan.select("row_id", "source_index")
         for each in part.duplicates:
             scan = scan.filter(~pl.col("source_index").is_between(each.rows.start, each.rows.stop, closed="left"))
         scans.append(scan.select("row_id", store=pl.lit(number)))

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from inspection.merge_plan import Part, joined
 from inspection.reading import sound_tables
 from shared.errors import UserError
 from shared.score_store import Manifest
-from shared.shards import ScoredRow, Shard, read_dropped, write_shard
+from shared.shards import ScoredRow, Shard, footer_source, read_batches, read_dropped, write_shard
 from shared.verify import vanished_rows
 from stage1_score.cross_check import scored_rows
 
@@ -79,7 +80,8 @@ def _kept_or_listed(part: Part, row: ScoredRow) -> ScoredRow | dict[str, Any]:
 def _dropped(part: Part, shard: Shard) -> list[dict[str, Any]]:
     """The dropped rows of a shard, in order, every row that the shard lacks among them."""
     listed = read_dropped(shard)
-    if problems := vanished_rows(shard, part.manifest):
+    indices = [table.column("source_index").to_numpy() for table in read_batches(shard, ["source_index"])]
+    if problems := vanished_rows(shard, part.manifest, np.concatenate([np.zeros(0, np.int64), *indices])):
         raise UserError(f"{problems[0]}; prift-inspect verify says more")
     return listed
 
@@ -104,6 +106,6 @@ class _Software:
 
 def software_of(shard: Shard) -> dict[str, str]:
     """What a shard's footer says of what made it."""
-    footer = json.loads((pq.read_schema(shard.path).metadata or {})[b"prift"])
+    footer = json.loads((pq.read_schema(footer_source(shard.path)).metadata or {})[b"prift"])
     counts = {"fingerprint", "shard", "num_rows", "num_tokens", "num_targets", "digest"}
     return {name: value for name, value in footer.items() if name not in counts}

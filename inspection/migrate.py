@@ -9,17 +9,21 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.cli import local_argument, place_argument
 from shared.errors import UserError
 
 if TYPE_CHECKING:
+    from shared.places import Place
     from shared.score_store import Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("store", type=Path, metavar="STORE", help="folder of a store of schema version 1 or 2")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="NEW", help="folder to write; not there yet"
+        "store", type=place_argument, metavar="STORE", help="folder of a store of schema version 1 or 2"
+    )
+    parser.add_argument(
+        "-o", "--output", type=local_argument, required=True, metavar="NEW", help="folder to write; not there yet"
     )
 
 
@@ -29,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: a store of this version, or a damaged one; an output that is there. Nothing is left of it.
     """
-    store: Path = arguments.store
+    store: Place = arguments.store
     output: Path = arguments.output
 
     from inspection.merge_rows import software_of

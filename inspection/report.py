@@ -13,6 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.cli import local_argument, place_argument
+from shared.places import Place
+
 if TYPE_CHECKING:
     from inspection.example_rows import ExampleRow
     from inspection.store_numbers import StoreNumbers, TokenNumbers
@@ -26,8 +29,8 @@ _LABELS = {"prob": "Prior probability p", "u": "u = 1 - mass_rank", "entropy": "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `prift-inspect report`."""
-    parser.add_argument("store", type=Path)
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="default: report.html")
+    parser.add_argument("store", type=place_argument)
+    parser.add_argument("-o", "--output", type=local_argument, default=Path("report.html"), help="default: report.html")
     parser.add_argument("--row", action="append", default=[], metavar="ID", help="show this row as well; repeatable")
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="where the prior's tokenizer lies; default: as the store says"
@@ -49,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.output}: {len(page.encode()) / 1e6:.2f} MB")
 
 
-def report_page(store: Path, asked: Sequence[str] = (), tokenizer_path: str | None = None) -> str:
+def report_page(store: Place, asked: Sequence[str] = (), tokenizer_path: str | None = None) -> str:
     """The page as text."""
     from inspection.decoded import load_store_tokenizer
     from inspection.example_rows import choose_rows, load_rows

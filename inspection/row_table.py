@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from shared.errors import UserError
+from shared.places import kept_copy
 from shared.shards import Shard
 
 
@@ -14,7 +15,7 @@ def scan_rows(shards: Sequence[Shard]) -> pl.LazyFrame:
     Raises:
         UserError: none does.
     """
-    paths = [shard.path for shard in shards if shard.num_rows]
+    paths = [kept_copy(shard.path) for shard in shards if shard.num_rows]
     if not paths:
         raise UserError(f"{shards[0].path.parent if shards else 'the store'}: no row in it")
     return pl.scan_parquet(paths)

@@ -2,8 +2,9 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from shared.cli import place_argument
 
 if TYPE_CHECKING:
     from inspection.find_row import FoundRow
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("store", type=Path, help="folder of the score store, finished or not")
+    parser.add_argument("store", type=place_argument, help="folder of the score store, finished or not")
     parser.add_argument(
         "row", metavar="ROW",
         help="a row id, or '#N' (in quotes) for the row at source_index N, counted from 0 over all data files",

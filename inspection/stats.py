@@ -3,13 +3,14 @@
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
+
+from shared.cli import place_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `prift-inspect stats`."""
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", type=place_argument)
     parser.add_argument("--json", action="store_true", help="every number of a report, as one JSON object")
 
 

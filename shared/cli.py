@@ -1,13 +1,17 @@
 """What the commands have in common: exit codes, and errors shown as one line. Imports no torch."""
 
+import argparse
 import errno
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from shared.errors import CheckFailed, LostRank, UserError
+from shared.files import remove_scratch
+from shared.places import Place, local_place, place
 
 DONE, FAILED, USER_MISTAKE, CHECK_FAILED, STOPPED = 0, 1, 2, 3, 75
 
@@ -33,10 +37,27 @@ def leave(code: int) -> NoReturn:
     left out, or the code would be lost: everything written is closed by then.
     """
     if _libraries_that_abort:
+        remove_scratch()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def place_argument(text: str) -> Place:
+    """A path or URL on a command line."""
+    try:
+        return place(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def local_argument(text: str) -> Path:
+    """A local path on a command line."""
+    try:
+        return local_place(text, "OUT")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def exit_code_of(command: Callable[[], None], program: str) -> int:

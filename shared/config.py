@@ -121,7 +121,7 @@ class DataConfig(_Strict):
     """What is scored: where it lies, how a row becomes token ids, and which of them are targets."""
 
     path: str | tuple[str, ...] | None = None
-    """JSONL, JSONL.gz or Parquet: a file, a glob, or a list of them. `prift-score` requires this, or `hub.id`."""
+    """JSONL, JSONL.gz or Parquet: a file, a URL (s3, gs, hf), a glob, or a list of them. Or give `hub.id`."""
     hub: HubConfig = HubConfig()
     format: Literal[
         "auto", "messages", "sharegpt", "prompt_completion", "prompt_messages", "alpaca", "text", "tokens"
@@ -186,7 +186,7 @@ class ScoreConfig(_Strict):
     """How the prior is run, and where its numbers go."""
 
     output: str | None = None
-    """Folder of the score store. Required by `prift-score`."""
+    """Folder of the score store, or a URL (s3, gs). Required by `prift-score`."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     """What runs the prior. `auto`: what the store began with; else vLLM on CUDA where it is installed and knows the
     model, and transformers elsewhere."""
@@ -324,9 +324,9 @@ class TrainConfig(_Strict):
     """One training run from score stores."""
 
     scores: Annotated[tuple[StoreShare, ...], BeforeValidator(_as_shares)] = ()
-    """Folder of the score store, the only key that training requires; or a list of folders, or of {store, weight}."""
+    """Folder or URL of the score store, which training requires; or a list of them, or of {store, weight}."""
     eval_scores: str | dict[str, str] | None = None
-    """Score stores to evaluate on: a folder, or names and folders."""
+    """Score stores to evaluate on: a folder or URL, or names and folders."""
     eval_steps: int = Field(default=0, ge=0)
     """Evaluate after every so many steps; 0: before the first and after the last step only."""
     model: str | None = None

@@ -11,7 +11,6 @@ import shlex
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import (
@@ -24,7 +23,8 @@ from pydantic import (
 )
 
 from shared.errors import UserError
-from shared.files import create_json, replacing, sha256_of_json
+from shared.files import create_json, json_text, replacing, sha256_of_json
+from shared.places import Place, RemotePath
 from shared.pretrained import TokenizerContent
 
 SCHEMA_VERSION = 3
@@ -89,6 +89,7 @@ class DataFile(_Record):
     path: str
     size: int
     mtime_ns: int
+    """Of an object: `shared.places.Stat`."""
     sha256: str
     num_rows: int
 
@@ -204,7 +205,7 @@ class Manifest(_Record):
         return (*self.identity.columns, *((TARGET_WEIGHT,) if self.source.weighted else ()))
 
 
-def read_manifest(store: Path) -> Manifest:
+def read_manifest(store: Place) -> Manifest:
     """Read store.json.
 
     Raises:
@@ -233,7 +234,7 @@ def read_manifest(store: Path) -> Manifest:
     return manifest
 
 
-def create_or_match(store: Path, wanted: Manifest, command: Sequence[str]) -> Manifest:
+def create_or_match(store: Place, wanted: Manifest, command: Sequence[str]) -> Manifest:
     """Create store.json, or check that the one there means the same store.
 
     Args:
@@ -261,12 +262,15 @@ def create_or_match(store: Path, wanted: Manifest, command: Sequence[str]) -> Ma
     return found
 
 
-def replace_manifest(store: Path, found: Manifest, grown: Manifest) -> None:
+def replace_manifest(store: Place, found: Manifest, grown: Manifest) -> None:
     """Put a grown store's manifest into the place of the one found before; of several starters one does it.
 
     Raises:
         UserError: another start changed the store meanwhile, and not into the same.
     """
+    if isinstance(store, RemotePath):
+        _replace_remote(store, found, grown)
+        return
     descriptor = os.open(store, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -276,10 +280,18 @@ def replace_manifest(store: Path, found: Manifest, grown: Manifest) -> None:
         if now != found:
             raise UserError(f"{store}: another start extended it meanwhile; run the command again")
         with replacing(store / MANIFEST_NAME) as temporary:
-            content = json.dumps(grown.model_dump(mode="json"), indent=2, ensure_ascii=False)
-            temporary.write_text(content + "\n", encoding="utf-8")
+            temporary.write_text(json_text(grown.model_dump(mode="json")), encoding="utf-8")
     finally:
         os.close(descriptor)
+
+
+def _replace_remote(store: RemotePath, found: Manifest, grown: Manifest) -> None:
+    path = store / MANIFEST_NAME
+    before, now = path.read_bytes(), read_manifest(store)
+    if now == found and path.replace(before, json_text(grown.model_dump(mode="json")).encode()):
+        return
+    if read_manifest(store).source != grown.source:
+        raise UserError(f"{store}: another start extended it meanwhile; run the command again")
 
 
 def differing_fields(found: Manifest, wanted: Manifest) -> list[tuple[str, Any, Any]]:
@@ -298,7 +310,7 @@ def _contents(source: Source) -> list[tuple[str, int]]:
     return [(file.sha256, file.num_rows) for file in source.files]
 
 
-def _refusal(store: Path, differences: list[tuple[str, Any, Any]], command: Sequence[str]) -> str:
+def _refusal(store: Place, differences: list[tuple[str, Any, Any]], command: Sequence[str]) -> str:
     rows = [
         ("field", "in the store", "asked for"),
         *[(name, _short(old), _short(new)) for name, old, new in differences],
@@ -311,10 +323,13 @@ def _refusal(store: Path, differences: list[tuple[str, Any, Any]], command: Sequ
     grew = {name for name, _, _ in differences} <= {"source.files", "source.limit"}
     extend = f"\nOr, where rows were only added:  {shlex.join([*command, 'score.extend=true'])}" if grew else ""
     again = shlex.join(command)
+    remove = (
+        f"remove all under {store}/, then" if isinstance(store, RemotePath) else f"rm -r {shlex.quote(str(store))} &&"
+    )
     return (
         f"{store} holds scores of another identity or source:\n{table}\n"
         f"Keep it and score elsewhere:  {shlex.join(kept)} score.output={shlex.quote(f'{store}-2')}\n"
-        f"Or replace it:  rm -r {shlex.quote(str(store))} && {again}{extend}"
+        f"Or replace it:  {remove} {again}{extend}"
     )
 
 

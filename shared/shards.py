@@ -8,8 +8,8 @@ or edited after scoring no longer fit it.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 
 from shared.errors import UserError, first_line
 from shared.files import replacing
+from shared.places import Place, RemotePath, local_copy
 from shared.score_store import TARGET_WEIGHT, Manifest, read_manifest
 
 _FOOTER_KEY = b"prift"
+_FOOTERS_AT_ONCE = 8
 _ROW_GROUP_ROWS = 512
 
 
@@ -44,7 +46,7 @@ class ScoredRow:
 class Shard:
     """A finished shard: its file and what its footer says."""
 
-    path: Path
+    path: Place
     index: int
     num_rows: int
     num_tokens: int
@@ -53,18 +55,18 @@ class Shard:
     """sha256 over all values."""
 
 
-def shard_path(store: Path, index: int) -> Path:
+def shard_path(store: Place, index: int) -> Place:
     """Where a shard lies once it is done."""
     return store / f"shard-{index:05d}.parquet"
 
 
-def dropped_path(store: Path, index: int) -> Path:
+def dropped_path(store: Place, index: int) -> Place:
     """Where the rows of a shard that could not be scored are listed."""
     return store / f"shard-{index:05d}.dropped.jsonl"
 
 
 def write_shard(
-    store: Path, index: int, manifest: Manifest, rows: Sequence[ScoredRow], dropped: Sequence[dict[str, Any]],
+    store: Place, index: int, manifest: Manifest, rows: Sequence[ScoredRow], dropped: Sequence[dict[str, Any]],
     software: dict[str, str],
 ) -> Shard:  # fmt: skip
     """Write a shard and the list of its dropped rows; the shard is done when its file appears.
@@ -107,14 +109,14 @@ def write_shard(
     return read_footer(shard_path(store, index), manifest, index)
 
 
-def read_footer(path: Path, manifest: Manifest, index: int) -> Shard:
+def read_footer(path: Place, manifest: Manifest, index: int) -> Shard:
     """What a shard's footer says, checked against the store.
 
     Raises:
         UserError: the file is torn, or belongs to another store or place.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(footer_source(path)) as file:
             content, num_rows = (file.schema_arrow.metadata or {}).get(_FOOTER_KEY), file.metadata.num_rows
             columns = file.schema_arrow.names
         footer = json.loads(content or b"{}")
@@ -130,7 +132,28 @@ def read_footer(path: Path, manifest: Manifest, index: int) -> Shard:
     return Shard(path, index, num_rows, footer["num_tokens"], footer["num_targets"], footer["digest"])
 
 
-def open_store(store: Path, num_shards: int | None = None) -> tuple[Manifest, list[Shard]]:
+def footer_source(path: Place) -> Any:
+    """What pyarrow reads a footer from: the file, or the last bytes of an object."""
+    return pa.BufferReader(path.read_footer()) if isinstance(path, RemotePath) else path
+
+
+def shards_there(store: Place, indices: Sequence[int]) -> list[int]:
+    """Those of the shards whose file is there."""
+    if isinstance(store, RemotePath):
+        names = store.names()
+        return [index for index in indices if shard_path(store, index).name in names]
+    return [index for index in indices if shard_path(store, index).is_file()]
+
+
+def read_footers(store: Place, manifest: Manifest, indices: Sequence[int]) -> list[Shard]:
+    """`read_footer` of several shards; of an object store, some at once."""
+    if not isinstance(store, RemotePath):
+        return [read_footer(shard_path(store, index), manifest, index) for index in indices]
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        return list(pool.map(lambda index: read_footer(shard_path(store, index), manifest, index), indices))
+
+
+def open_store(store: Place, num_shards: int | None = None) -> tuple[Manifest, list[Shard]]:
     """A finished store: its manifest and all its shards.
 
     Args:
@@ -141,13 +164,13 @@ def open_store(store: Path, num_shards: int | None = None) -> tuple[Manifest, li
     """
     manifest = read_manifest(store)
     planned = range(manifest.source.num_shards if num_shards is None else num_shards)
-    missing = [index for index in planned if not shard_path(store, index).is_file()]
+    missing = sorted(set(planned) - set(shards_there(store, planned)))
     if missing:
         raise UserError(
             f"{store} is unfinished: {len(missing)} of {len(planned)} shards are missing, the first is shard "
             f"{missing[0]}; run prift-score again to finish it"
         )
-    return manifest, [read_footer(shard_path(store, index), manifest, index) for index in planned]
+    return manifest, read_footers(store, manifest, planned)
 
 
 def read_dropped(shard: Shard) -> list[dict[str, Any]]:
@@ -176,7 +199,7 @@ def read_batches(shard: Shard, columns: Sequence[str] | None = None) -> Iterator
         UserError: a page's checksum, or the digest, does not hold.
     """
     try:
-        with pq.ParquetFile(shard.path, page_checksum_verification=True) as file:
+        with local_copy(shard.path) as path, pq.ParquetFile(path, page_checksum_verification=True) as file:
             digest = _Digest(file.schema_arrow.names) if columns is None else None
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=columns)

@@ -34,6 +34,11 @@ class StopSwitch:
         if self.is_pressed:
             raise Stopped
 
+    def check_at_once(self) -> None:
+        """`check`, for one who waits for something that may not come, unless signals are only counted."""
+        if self._insists:
+            self.check()
+
     def press(self) -> None:
         """Ask for a stop."""
         self.is_pressed = True
@@ -54,8 +59,21 @@ def stop_switch(
 ) -> Iterator[StopSwitch]:
     """A switch that signals press while the block runs; outside the main thread nothing presses it."""
     switch = switch or StopSwitch()
-    with _handled(signals, switch.on_signal):
-        yield switch
+    _switches.append(switch)
+    try:
+        with _handled(signals, switch.on_signal):
+            yield switch
+    finally:
+        _switches.remove(switch)
+
+
+_switches: list[StopSwitch] = []
+
+
+def check_stop() -> None:
+    """Raise `Stopped` where a signal asked this process to stop; for code that waits and has no switch at hand."""
+    for switch in _switches:
+        switch.check_at_once()
 
 
 @contextmanager

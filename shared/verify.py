@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
 from shared.errors import UserError
+from shared.places import Place, kept_copy
 from shared.score_store import TARGET_WEIGHT, TARGET_WEIGHT_BOUNDS, Manifest, read_manifest
 from shared.shards import MOST_TURNS, FlatColumn, Shard, flatten, open_store, read_batches, read_dropped, row_keys
 
@@ -22,8 +22,6 @@ _RANGES = {
 }
 """Closed range of each statistic; ln 20 = 2.9957."""
 
-_INDEX = ["source_index"]
-
 
 @dataclass(frozen=True)
 class Verification:
@@ -35,7 +33,7 @@ class Verification:
     """What does not hold, the first offenders first; empty where all does."""
 
 
-def verify_store(store: Path, most_problems: int = 10) -> Verification:
+def verify_store(store: Place, most_problems: int = 10) -> Verification:
     """Reread every page and check every row of a finished store.
 
     Raises:
@@ -50,11 +48,15 @@ def verify_store(store: Path, most_problems: int = 10) -> Verification:
         return Verification(0, 0, [str(error)])
     for shard in shards:
         try:
-            problems += vanished_rows(shard, manifest)
+            if manifest.user_row_ids:
+                kept_copy(shard.path)  # its ids are read again at the end
+            indices = [np.zeros(0, np.int64)]
             for table in read_batches(shard):
                 num_rows += table.num_rows
                 num_targets += int(flatten(table.column("logprob")).valid.sum())
                 problems += row_problems(table, manifest, shard)
+                indices.append(table.column("source_index").to_numpy())
+            problems += vanished_rows(shard, manifest, np.concatenate(indices))
         except UserError as error:
             problems.append(str(error))
         if len(problems) >= most_problems:
@@ -90,10 +92,16 @@ def row_problems(table: pa.Table, manifest: Manifest, shard: Shard) -> list[str]
     return list(_described(found, row_ids, indices, shard))
 
 
-def vanished_rows(shard: Shard, manifest: Manifest) -> list[str]:
-    """Every source row is either in the shard or listed beside it with the reason, or, split into turns, both."""
+def vanished_rows(shard: Shard, manifest: Manifest, scored: np.ndarray) -> list[str]:
+    """Every source row is either in the shard or listed beside it with the reason, or, split into turns, both.
+
+    Args:
+        scored: `source_index` of the shard's rows, int64.
+
+    Raises:
+        UserError: the list of dropped rows is missing or damaged.
+    """
     planned = manifest.source.rows_of_shard(shard.index)
-    scored = np.concatenate([np.zeros(0, np.int64), *(t.column(0).to_numpy() for t in read_batches(shard, _INDEX))])
     dropped = np.array([row["source_index"] for row in read_dropped(shard)], np.int64)
     if not manifest.identity.split_turns and len(scored) + len(dropped) != len(planned):
         return [f"{shard.path}: {len(scored)} rows and {len(dropped)} dropped ones are not the {len(planned)} planned"]
@@ -140,7 +148,7 @@ def _first_is_target(flat: FlatColumn) -> np.ndarray:
 
 
 def _repeated_ids(shards: list[Shard]) -> list[str]:
-    rows = pl.scan_parquet([shard.path for shard in shards if shard.num_rows]).group_by("row_id").len()
+    rows = pl.scan_parquet([kept_copy(shard.path) for shard in shards if shard.num_rows]).group_by("row_id").len()
     repeated = rows.filter(pl.col("len") > 1).sort("row_id").head(10).collect(engine="streaming")
     return [
         f"row id {row_id!r} stands {count} times, though row ids are the user's own"

@@ -6,7 +6,6 @@ Imports no torch: it comes with the engine.
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,9 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from shared.config import Config, PriorConfig, ScoreConfig
 from shared.errors import CheckFailed, UserError
 from shared.files import sha256_of_json
+from shared.places import Place
 from shared.pretrained import PretrainedFiles, find_pretrained
 from shared.score_store import Identity, Manifest, read_manifest
-from shared.shards import ScoredRow, Shard, flatten, read_batches, read_footer, shard_path
+from shared.shards import ScoredRow, Shard, flatten, read_batches, read_footers, shards_there
 from shared.verify import row_problems
 from stage1_score.choose_engine import WIDER_COMPUTE, choose_device, load_engine
 from stage1_score.compare_scores import compare, flips, print_differences, print_flips
@@ -95,7 +95,7 @@ def parse_options(words: Sequence[str]) -> CrossCheckOptions:
         raise UserError(f"{first['loc'][0]}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
 
 
-def cross_check(store: Path, options: CrossCheckOptions) -> None:
+def cross_check(store: Place, options: CrossCheckOptions) -> None:
     """Score a sample of a store's rows again and print how the numbers differ.
 
     Raises:
@@ -137,14 +137,14 @@ def cross_check(store: Path, options: CrossCheckOptions) -> None:
             )
 
 
-def finished_shards(store: Path, manifest: Manifest) -> list[Shard]:
+def finished_shards(store: Place, manifest: Manifest) -> list[Shard]:
     """The shards that are there, of a finished or unfinished store.
 
     Raises:
         UserError: there is no row in them.
     """
-    done = [index for index in range(manifest.source.num_shards) if shard_path(store, index).is_file()]
-    shards = [read_footer(shard_path(store, index), manifest, index) for index in done]
+    done = shards_there(store, range(manifest.source.num_shards))
+    shards = read_footers(store, manifest, done)
     if not any(shard.num_rows for shard in shards):
         raise UserError(
             f"{store}: expected scored rows, found none in {len(done)} of {manifest.source.num_shards} shards; run "

@@ -4,10 +4,10 @@ import gzip
 import hashlib
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from shared.errors import UserError
+from shared.places import Place, place
 from shared.score_store import DataFile, Manifest, Source
 
 _CHUNK = 1 << 20
@@ -37,10 +37,10 @@ def grown_manifest(found: Manifest, now: Source) -> Manifest | None:
         raise UserError(
             f"score.extend: the store holds rows of {len(old.files)} files, data.path names {len(now.files)}"
         )
-    for place, (before, after) in enumerate(zip(old.files, now.files, strict=False)):
-        is_last = place == len(old.files) - 1
+    for number, (before, after) in enumerate(zip(old.files, now.files, strict=False)):
+        is_last = number == len(old.files) - 1
         if before.sha256 != after.sha256:
-            _refuse_file_before(before, now.files[place:])
+            _refuse_file_before(before, now.files[number:])
             _refuse_other_beginning(before, after, is_last)
         elif before.num_rows != after.num_rows and not is_last:
             raise UserError(
@@ -72,7 +72,7 @@ def _refuse_file_before(scored: DataFile, files: Sequence[DataFile]) -> None:
 
 def _refuse_other_beginning(before: DataFile, after: DataFile, is_last: bool) -> None:
     """Refuse a file whose first bytes are not the whole of the recorded one."""
-    path = Path(after.path)
+    path = place(after.path)
     advice = "put new rows into a file of their own, at the end of data.path"
     if not is_last:
         raise UserError(f"{path}: changed since it was scored, and other files follow it: {advice}")
@@ -87,7 +87,7 @@ def _refuse_other_beginning(before: DataFile, after: DataFile, is_last: bool) ->
         raise UserError(f"{path}: its last scored line had no line break and was written on: score it again")
 
 
-def _sha256_of_first(path: Path, size: int) -> str:
+def _sha256_of_first(path: Place, size: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while size and (chunk := file.read(min(size, _CHUNK))):
@@ -96,7 +96,7 @@ def _sha256_of_first(path: Path, size: int) -> str:
     return digest.hexdigest()
 
 
-def _ends_a_line(path: Path, size: int) -> bool:
+def _ends_a_line(path: Place, size: int) -> bool:
     """Whether a line ends with the first bytes of a file, or right after them, whatever its compression."""
     with path.open("rb") as raw:
         if path.suffix == ".gz":

@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shared.places import Place
 from stage1_score.score_shard import ShardReport
 
 
-def metrics_path(store: Path, part: str | None) -> Path:
+def metrics_path(store: Place, part: str | None) -> Place:
     """Where a run writes; each part of a job array has a file of its own."""
     return store / ("score.metrics.jsonl" if part is None else f"score.metrics.{part.replace('/', '-of-')}.jsonl")
 
@@ -22,10 +23,12 @@ def metrics_path(store: Path, part: str | None) -> Path:
 class JobMetrics:
     """Appends to a metrics file; what an earlier run wrote stays."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Place):
         self._path = path
         self._started = time.perf_counter()
         self._reports: list[ShardReport] = []
+        self._earlier: bytes | None = None
+        """What the file holds; of an object store only."""
 
     def start_clock(self) -> None:
         """Count the time of the summary from now on."""
@@ -56,6 +59,13 @@ class JobMetrics:
         return summary
 
     def _write(self, record: dict[str, Any]) -> None:
+        if not isinstance(self._path, Path):
+            # Nothing can be added to an object: it is written again, a few hundred bytes for each shard.
+            if self._earlier is None:
+                self._earlier = self._path.read_bytes() if self._path.is_file() else b""
+            self._earlier += json.dumps(record).encode() + b"\n"
+            self._path.write_bytes(self._earlier)
+            return
         with self._path.open("ab+", buffering=0) as file:
             # A line that a killed run left torn is closed first.
             is_torn = file.tell() > 0 and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n"

@@ -4,15 +4,15 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from shared.config import Config
 from shared.errors import UserError
 from shared.files import probe_writable, remove_stale_temporaries
+from shared.places import Place, RemotePath, place
 from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer, vocab_rows_of
 from shared.score_store import MANIFEST_NAME, DataFile, HubSource, Manifest, Source, create_or_match, read_manifest
-from shared.shards import dropped_path, read_footer, shard_path
+from shared.shards import dropped_path, read_footers, shards_there
 from stage1_score.choose_engine import choose_device, choose_dtypes, choose_engine
 from stage1_score.extend import grown_manifest
 from stage1_score.formats import RowFormat
@@ -30,7 +30,7 @@ _MOST_MISFITS = 0.01
 class Plan:
     """All that a run needs to know before it loads the prior."""
 
-    store: Path
+    store: Place
     manifest: Manifest
     row_format: RowFormat
     row_tokenizer: RowTokenizer
@@ -46,7 +46,9 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
     if config.prior.model is None or config.score.output is None:
         missing = "prior.model" if config.prior.model is None else "score.output"
         raise UserError(f"expected {missing}; got none")
-    store = Path(config.score.output)
+    store = place(config.score.output)
+    if isinstance(store, RemotePath):
+        store.refuse_read_only()
     found = read_manifest(store) if (store / MANIFEST_NAME).is_file() else None
     paths, hub = _data_files(config, found)
     files = find_pretrained(config.prior.model, config.prior.revision, config.prior.trust_remote_code)
@@ -68,18 +70,20 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
     manifest, grown_from = _settle(store, config, wanted, found, command)
     num_shards = manifest.source.num_shards
     remove_stale_temporaries(store)
-    missing = [index for index in range(num_shards) if not _is_done(store, manifest, index)]
-    done = f"{store}: {num_shards - len(missing)} of {num_shards} shards done"
+    done = shards_there(store, range(num_shards))
+    read_footers(store, manifest, done)
+    missing = sorted(set(range(num_shards)) - set(done))
+    summary = f"{store}: {num_shards - len(missing)} of {num_shards} shards done"
     if config.score.part is not None:
         part, count = map(int, config.score.part.split("/"))
         missing = [index for index in missing if index % count == part]
-        done += f", part {config.score.part}"
-    print(f"{done}, {len(missing)} to score")
+        summary += f", part {config.score.part}"
+    print(f"{summary}, {len(missing)} to score")
     return Plan(store, manifest, row_format, row_tokenizer, files, missing, grown_from)
 
 
 def _settle(
-    store: Path, config: Config, wanted: Manifest, found: Manifest | None, command: Sequence[str]
+    store: Place, config: Config, wanted: Manifest, found: Manifest | None, command: Sequence[str]
 ) -> tuple[Manifest, Manifest | None]:
     """The manifest to score by, and that of the store before it grows, where it is to grow."""
     if found is None:
@@ -112,16 +116,16 @@ def plan_of_manifest(config: Config, manifest: Manifest) -> Plan:
         # A worker on another machine makes its own copy.
         file = manifest.source.files[0].model_copy(update={"path": str(fetch(manifest.source.hub))})
         manifest = manifest.model_copy(update={"source": manifest.source.model_copy(update={"files": (file,)})})
-    paths = [Path(file.path) for file in manifest.source.files]
+    paths = [place(file.path) for file in manifest.source.files]
     row_format = detect_format(paths, config.data, manifest.vocab_size)
     row_tokenizer = RowTokenizer(
         load_tokenizer(files), config.data, manifest.identity.template, frozenset(manifest.stop_token_ids),
         manifest.vocab_size,
     )  # fmt: skip
-    return Plan(Path(config.score.output), manifest, row_format, row_tokenizer, files, [])
+    return Plan(place(config.score.output), manifest, row_format, row_tokenizer, files, [])
 
 
-def _data_files(config: Config, found: Manifest | None) -> tuple[list[Path], HubSource | None]:
+def _data_files(config: Config, found: Manifest | None) -> tuple[list[Place], HubSource | None]:
     if config.data.hub.id is None:
         return expand_paths(config.data), None
     hub = pin(config.data.hub, found.source.hub if found else None)
@@ -130,7 +134,7 @@ def _data_files(config: Config, found: Manifest | None) -> tuple[list[Path], Hub
 
 
 def _source(
-    config: Config, paths: list[Path], row_format: RowFormat, found: Source | None, hub: HubSource | None
+    config: Config, paths: list[Place], row_format: RowFormat, found: Source | None, hub: HubSource | None
 ) -> Source:
     """The source as it is now; files of the recorded size and time are read again only for rows that never were."""
     data, score = config.data, config.score
@@ -154,13 +158,13 @@ def _source(
     return source.model_copy(update={"extended_at": found.extended_at})
 
 
-def _is_unchanged(file: DataFile, path: Path) -> bool:
+def _is_unchanged(file: DataFile, path: Place) -> bool:
     stat = path.stat()
     return (file.path, file.size, file.mtime_ns) == (str(path), stat.st_size, stat.st_mtime_ns)
 
 
 def _preview(
-    store: Path, source: Source, row_format: RowFormat, row_tokenizer: RowTokenizer, tokenizer: Any, num_columns: int
+    store: Place, source: Source, row_format: RowFormat, row_tokenizer: RowTokenizer, tokenizer: Any, num_columns: int
 ) -> None:
     """Tokenise the first rows: refuse what cannot work, print an example and the estimated size."""
     num_sampled = min(source.num_rows, _SAMPLE_ROWS)
@@ -183,6 +187,8 @@ def _preview(
         f"{source.num_rows:,} rows, {about}{num_targets:,} targets in {num_tokens:,} tokens, "
         f"about {num_bytes / 1e6:,.1f} MB to write"
     )
+    if isinstance(store, RemotePath):
+        return
     parent = next(folder for folder in [store, *store.resolve().parents] if folder.is_dir())
     if num_bytes > shutil.disk_usage(parent).free:
         raise UserError(f"{store}: about {num_bytes / 1e6:,.0f} MB are needed, more than the disk has free")
@@ -208,12 +214,6 @@ def refuse_misfits(num_misfits: int, num_rows: int, example: str | None) -> None
 
 def listed_misfits(plan: Plan) -> int:
     """Rows of the finished shards that did not fit the chat template: they count towards the limit of a resumed run."""
-    shards = range(plan.manifest.source.num_shards)
-    done = [index for index in shards if shard_path(plan.store, index).is_file()]
+    done = shards_there(plan.store, range(plan.manifest.source.num_shards))
     texts = (dropped_path(plan.store, index).read_text(encoding="utf-8") for index in done)
     return sum(f'"reason": "{TEMPLATE_REASON}: ' in line for text in texts for line in text.splitlines())
-
-
-def _is_done(store: Path, manifest: Manifest, index: int) -> bool:
-    path = shard_path(store, index)
-    return path.is_file() and read_footer(path, manifest, index).index == index

@@ -1,13 +1,11 @@
 """From files to raw rows: JSONL, gzipped JSONL and Parquet."""
 
-import glob
 import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
-from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
@@ -15,9 +13,10 @@ import pyarrow.parquet as pq
 
 from shared.config import DataConfig
 from shared.errors import UserError
+from shared.places import Place, kept_copy, matching_files
 
 
-def expand_paths(config: DataConfig) -> list[Path]:
+def expand_paths(config: DataConfig) -> list[Place]:
     """The data files in order: as listed, and each glob sorted.
 
     Raises:
@@ -25,10 +24,9 @@ def expand_paths(config: DataConfig) -> list[Path]:
     """
     if config.path is None:
         raise UserError("expected data.path or data.hub.id, the data to score; got none")
-    found: list[Path] = []
+    found: list[Place] = []
     for pattern in [config.path] if isinstance(config.path, str) else config.path:
-        matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
-        files = [Path(match) for match in matches if Path(match).is_file()]
+        files = matching_files(pattern)
         if not files:
             raise UserError(f"data.path: {pattern}: no such file")
         found += files
@@ -38,7 +36,7 @@ def expand_paths(config: DataConfig) -> list[Path]:
     return found
 
 
-def raw_rows(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def raw_rows(path: Place, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line or row number from 1, row) of a file, from its row `start` on."""
     if path.suffix == ".parquet":
         yield from _parquet_rows(path, start)
@@ -56,18 +54,18 @@ def raw_rows(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, row
 
 
-def count_rows(path: Path) -> int:
+def count_rows(path: Place) -> int:
     """Rows of a file, blank lines not counted."""
     if path.suffix == ".parquet":
-        return pq.read_metadata(path).num_rows
+        return pq.read_metadata(kept_copy(path)).num_rows
     with _open_lines(path) as lines:
         return sum(1 for line in _whole(lines, path) if line.strip())
 
 
-def _parquet_rows(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(path: Place, start: int) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(kept_copy(path)) as file:
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
                 if number + size > start:
@@ -79,11 +77,11 @@ def _parquet_rows(path: Path, start: int) -> Iterator[tuple[int, dict[str, Any]]
         raise UserError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _open_lines(path: Path) -> AbstractContextManager[IO[bytes]]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # pyright: ignore[reportReturnType]
+def _open_lines(path: Place) -> AbstractContextManager[IO[bytes]]:
+    return gzip.open(kept_copy(path), "rb") if path.suffix == ".gz" else path.open("rb")  # pyright: ignore[reportReturnType]
 
 
-def _whole(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
+def _whole(lines: Iterable[bytes], path: Place) -> Iterator[bytes]:
     """The lines of a file; a gzip file that is torn or damaged is the user's to mend."""
     try:
         yield from lines

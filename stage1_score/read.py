@@ -7,13 +7,13 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
 from shared.config import DataConfig
 from shared.errors import UserError
 from shared.files import sha256_of_file
+from shared.places import Place, place
 from shared.score_store import DataFile, HubSource, Source
 from stage1_score.examples import Example
 from stage1_score.formats import RowFormat, parse_row, settle_format
@@ -21,7 +21,7 @@ from stage1_score.hub import content_of
 from stage1_score.raw_rows import count_rows, raw_rows
 
 
-def detect_format(paths: Sequence[Path], config: DataConfig, vocab_size: int | None = None) -> RowFormat:
+def detect_format(paths: Sequence[Place], config: DataConfig, vocab_size: int | None = None) -> RowFormat:
     """Settle the format from the first row.
 
     Args:
@@ -37,7 +37,7 @@ def detect_format(paths: Sequence[Path], config: DataConfig, vocab_size: int | N
 
 
 def scan_source(
-    paths: Sequence[Path], row_format: RowFormat, limit: int | None, shard_rows: int, hub: HubSource | None = None
+    paths: Sequence[Place], row_format: RowFormat, limit: int | None, shard_rows: int, hub: HubSource | None = None
 ) -> Source:
     """Hash and parse all files once: what is recorded of the source in the store.
 
@@ -73,11 +73,11 @@ def read_rows(source: Source, row_format: RowFormat, rows: range) -> Iterator[Ex
     for file in source.files:
         start, stop = max(rows.start - first, 0), min(rows.stop - first, file.num_rows)
         if start < stop:
-            yield from islice(read_file(Path(file.path), row_format, start, first), stop - start)
+            yield from islice(read_file(place(file.path), row_format, start, first), stop - start)
         first += file.num_rows
 
 
-def read_file(path: Path, row_format: RowFormat, start: int, first_index: int) -> Iterator[Example]:
+def read_file(path: Place, row_format: RowFormat, start: int, first_index: int) -> Iterator[Example]:
     """Examples of one file from its row `start` on; `first_index` is the source index of its row 0.
 
     Raises:

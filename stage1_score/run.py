@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from shared.config import Config
 from shared.errors import UserError
+from shared.places import Place
 from shared.score_store import create_or_match, read_manifest, replace_manifest
-from shared.shards import open_store, read_dropped, shard_path
+from shared.shards import open_store, read_dropped, shards_there
 from shared.stopping import StopSwitch, stop_switch
 from stage1_score.choose_engine import choose_device, load_engine
 from stage1_score.dispatch import Dispatcher, Pool
@@ -138,9 +138,9 @@ def _begin_store(plan: Plan, command: Sequence[str]) -> None:
         raise UserError(f"{plan.store}: another start began it with other columns meanwhile; run the command again")
 
 
-def _summarise(store: Path, part: str | None) -> None:
+def _summarise(store: Place, part: str | None) -> None:
     planned = range(read_manifest(store).source.num_shards)
-    num_done = sum(shard_path(store, index).is_file() for index in planned)
+    num_done = len(shards_there(store, planned))
     if part is not None and num_done < len(planned):
         print(f"{store}: part {part} is done; {num_done} of {len(planned)} shards are there")
         return

@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Lock
 
 from shared.config import Config
+from shared.places import place
 from shared.score_store import Manifest
 from stage1_score.engine import DeviceLost
 from stage1_score.score_shard import ShardReport, TokenizedShard, score_shard, tokenize_shard
@@ -25,8 +26,8 @@ class Task:
         assert config.prior.model is not None and config.score.output is not None  # noqa: PT018
         model = Path(config.prior.model)
         prior = config.prior.model_copy(update={"model": str(model.absolute()) if model.is_dir() else str(model)})
-        score = config.score.model_copy(update={"output": str(Path(config.score.output).absolute())})
-        files = tuple(file.model_copy(update={"path": str(Path(file.path).absolute())}) for file in source.files)
+        score = config.score.model_copy(update={"output": str(place(config.score.output).absolute())})
+        files = tuple(file.model_copy(update={"path": str(place(file.path).absolute())}) for file in source.files)
         return Task(
             config.model_copy(update={"prior": prior, "score": score}),
             self.manifest.model_copy(update={"source": source.model_copy(update={"files": files})}),

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from shared.errors import UserError
 from shared.files import remove_stale_temporaries, replacing, sha256_of_json
+from shared.places import Place
 from shared.score_store import TARGET_WEIGHT, Manifest, read_manifest
 from shared.shards import Shard, flatten, open_store, read_batches
 from shared.verify import row_problems
@@ -87,8 +88,11 @@ class TrainingRows(Protocol):
     """Of the only or the first store: what training reads of it is the same for all."""
     key: str
     """Names the content of all rows, and in what proportion they are drawn."""
-    parts: list["ScoreCache"]
-    """The stores."""
+
+    @property
+    def parts(self) -> list["ScoreCache"]:
+        """The stores."""
+        ...
 
     @property
     def lengths(self) -> Counts:
@@ -119,9 +123,8 @@ class TrainingRows(Protocol):
 class ScoreCache:
     """Rows of a finished store, in source order. All that grows with them is in the memory map."""
 
-    def __init__(self, store: Path, manifest: Manifest, shards: Sequence[Shard], folder: Path, columns: Sequence[str]):
+    def __init__(self, store: Place, manifest: Manifest, shards: Sequence[Shard], folder: Path, columns: Sequence[str]):
         self.store, self.manifest, self.shards, self.key = store, manifest, list(shards), folder.name
-        self.parts = [self]
         base = {name: _map(folder, name, dtype) for name, dtype in _BASE_FILES.items()}
         self.columns = {name: _map(folder, name, np.float32) for name in columns}
         self._input_ids, self._target_positions = base["input_ids"], base["target_positions"]
@@ -132,6 +135,11 @@ class ScoreCache:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def parts(self) -> list["ScoreCache"]:
+        """The stores: this one."""
+        return [self]
 
     @property
     def column_names(self) -> tuple[str, ...]:
@@ -169,7 +177,7 @@ class ScoreCache:
         return [rows[index] for index in wanted.tolist()]
 
 
-def open_cache(store: Path, columns: Sequence[str], cache_dir: Path, begun_with: str | None = None) -> ScoreCache:
+def open_cache(store: Place, columns: Sequence[str], cache_dir: Path, begun_with: str | None = None) -> ScoreCache:
     """Open the memory-mapped copy of a store, making what is missing of it first.
 
     Of the processes of a node one makes it while the others wait; a copy that was begun by a process that died is
@@ -207,7 +215,7 @@ def _key(manifest: Manifest, shards: Sequence[Shard]) -> str:
     return sha256_of_json([manifest.fingerprint, [shard.digest for shard in shards]])[:32]
 
 
-def _shards_of(store: Path, begun_with: str | None) -> tuple[Manifest, list[Shard]]:
+def _shards_of(store: Place, begun_with: str | None) -> tuple[Manifest, list[Shard]]:
     """All shards; or those that the store had before it grew, where a run began with them."""
     for count in read_manifest(store).source.shard_counts[:-1] if begun_with else ():
         manifest, shards = open_store(store, count)

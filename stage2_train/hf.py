@@ -25,6 +25,7 @@ from shared.config import TrainConfig
 from shared.errors import UserError
 from shared.head import vocab_rows
 from shared.outlook import warnings_of
+from shared.places import place
 from shared.score_store import TARGET_WEIGHT
 from shared.statistics import token_statistics
 from shared.weighting import TargetStatistics, resolve_weighting
@@ -81,7 +82,7 @@ class ScoreStore:
         _refuse_rule(self._weighting.rule, self._weighting.source, normalize_by)
         self._is_online, self._keeps_zeros = self._weighting.source == "online", normalize_by == "targets"
         columns = () if self._is_online else self._weighting.columns
-        self._cache = open_cache(Path(scores), columns, Path(cache_dir or Path.home() / ".cache" / "prift"))
+        self._cache = open_cache(place(scores), columns, Path(cache_dir or Path.home() / ".cache" / "prift"))
         self._stop_token_ids = torch.tensor(self._cache.manifest.stop_token_ids, dtype=torch.int64)
 
     def __reduce__(self) -> tuple[Callable[[], "ScoreStore"], tuple[()]]:

@@ -47,7 +47,7 @@ class MixedCache:
         Args:
             weights: share of the draws that each store gets; None: each row once per epoch.
         """
-        self.parts = list(parts)
+        self._parts = list(parts)
         self.manifest = parts[0].manifest
         self.weights = weights
         names = [each.key if weights is None else f"{each.key}*{weight!r}" for each, weight in
@@ -59,6 +59,11 @@ class MixedCache:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def parts(self) -> list[ScoreCache]:
+        """The stores."""
+        return self._parts
 
     @property
     def column_names(self) -> tuple[str, ...]:

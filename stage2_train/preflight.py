@@ -1,12 +1,12 @@
 """Checks before and at the first step: that weights belong to tokens."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shared.errors import UserError
+from shared.places import Place
 from shared.pretrained import tokenizer_content
 from shared.score_store import Manifest
 from stage2_train.cache import TrainingRows
@@ -16,7 +16,7 @@ _LARGEST_MEAN_DIFFERENCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.5}
 single tokens; columns that belong to other tokens are off by several nats."""
 
 
-def refuse_other_tokenizer(tokenizer: Any, manifest: Manifest, store: Path, model_name: str) -> None:
+def refuse_other_tokenizer(tokenizer: Any, manifest: Manifest, store: Place, model_name: str) -> None:
     """Refuse a model whose tokenizer gives other ids than the one the store was made with.
 
     Raises:

@@ -13,6 +13,7 @@ import yaml
 from shared.config import Config, TrainConfig
 from shared.errors import UserError
 from shared.files import probe_writable, replacing
+from shared.places import local_place, place
 from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer
 from shared.weighting import Weighting, resolve_weighting
 from stage2_train.batch import BatchForm
@@ -98,14 +99,14 @@ def prepare(config: Config) -> Job:
             f"train.sequence_parallel={train.sequence_parallel}: expected a number of ranks that it divides, "
             f"got {num_ranks()}"
         )
-    cache_dir = Path(train.cache_dir) if train.cache_dir else Path.home() / ".cache" / "prift"
+    cache_dir = local_place(train.cache_dir, "train.cache_dir") if train.cache_dir else Path.home() / ".cache" / "prift"
     prior_columns = weighting.columns if weighting.source == "prior" else ()
-    output = Path(train.output or "runs/train")
+    output = local_place(train.output or "runs/train", "train.output")
     checkpoints, damaged = _checkpoints(train, output)
     begun_with = read_state(checkpoints[0]).settings.get("scores_key") if checkpoints else None
     cache = _open_stores(train, prior_columns, cache_dir, begun_with)
     stores = {"eval": train.eval_scores} if isinstance(train.eval_scores, str) else train.eval_scores or {}
-    eval_caches = {name: open_cache(Path(store), ("mass_rank",), cache_dir) for name, store in stores.items()}
+    eval_caches = {name: open_cache(place(store), ("mass_rank",), cache_dir) for name, store in stores.items()}
     manifest = cache.manifest
     starts_from_prior = train.model is None
     name, revision = (
@@ -133,7 +134,7 @@ def _open_stores(
     # The key of several stores is made of theirs: key*weight+key*weight.
     keys = [key.partition("*")[0] for key in begun_with.split("+")] if begun_with else []
     known = keys if len(keys) == len(shares) else [None] * len(shares)
-    caches = [open_cache(Path(it.store), columns, cache_dir, key) for it, key in zip(shares, known, strict=True)]
+    caches = [open_cache(place(it.store), columns, cache_dir, key) for it, key in zip(shares, known, strict=True)]
     if len(caches) == 1:
         return caches[0]
     refuse_incompatible(caches, config.model is None)

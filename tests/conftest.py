@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -284,3 +284,25 @@ def rewrite() -> Callable[..., None]:
         pq.write_table(function(table).replace_schema_metadata(metadata), path, write_page_checksum=True)
 
     return change
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Any]:
+    """A local S3 server behind a link that can be cut."""
+    pytest.importorskip("moto.server", reason="NO S3 SERVER: moto[s3], flask and s3fs are not installed")
+    pytest.importorskip("s3fs", reason="NO S3 CLIENT: s3fs is not installed")
+    from object_store import served
+
+    with served() as link:
+        yield link
+
+
+@pytest.fixture
+def object_store(s3_server: Any) -> Iterator[Any]:
+    """A new bucket on it."""
+    from object_store import ObjectStore
+
+    from shared.files import remove_scratch
+
+    yield ObjectStore(s3_server)
+    remove_scratch()

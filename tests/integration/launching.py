@@ -66,7 +66,7 @@ def score(pipeline: Path, *overrides: str) -> None:
     run_scoring(load_config(pipeline, overrides), ["prift-score", str(pipeline), *overrides])
 
 
-def demo_overrides(store: Path) -> list[str]:
+def demo_overrides(store: Path | str) -> list[str]:
     """How `demo_store` is scored."""
     return [
         f"data.path={REPOSITORY}/data/demo/train.jsonl", f"prior.model={REPOSITORY}/data/demo/prior",
