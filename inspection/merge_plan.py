@@ -40,7 +40,8 @@ def merged_manifest(manifests: Sequence[Manifest]) -> Manifest:
     """The manifest of the new store: the first one's, but for the source and the recorded software."""
     files = [_as_used(span) for manifest in manifests for span in spans(manifest.source)]
     is_weighted = any(manifest.source.weighted for manifest in manifests)
-    update = {"files": tuple(files), "limit": None, "extended_at": (), "weighted": is_weighted}
+    # What is read from the hub is one data set; the file's path still names it and its commit.
+    update = {"files": tuple(files), "limit": None, "extended_at": (), "weighted": is_weighted, "hub": None}
     source = manifests[0].source.model_copy(update=update)
     software = joined([manifest.software for manifest in manifests])
     return manifests[0].model_copy(update={"source": source, "software": software})

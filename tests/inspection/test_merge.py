@@ -149,6 +149,17 @@ def test_scoring_sees_that_a_merged_store_lacks_rows_of_a_file(
     assert {path.name: path.read_bytes() for path in joined.iterdir()} == before
 
 
+def test_a_data_set_of_the_hub_is_not_claimed_for_rows_of_other_files(store, data_file, merged):
+    parts = store("left", [data_file("a", 2)]), store("right", [data_file("b", 2)])
+    content = json.loads((parts[0] / "store.json").read_text())
+    content["source"]["hub"] = {"id": "some/data", "config": None, "split": "train", "revision": "0" * 40}
+    (parts[0] / "store.json").write_text(json.dumps(content))
+    assert read_manifest(parts[0]).source.hub is not None
+    source = read_manifest(merged(*parts)).source
+    assert source.hub is None
+    assert [file.sha256[0] for file in source.files] == ["a", "b"]
+
+
 def test_rows_of_one_file_in_two_stores_are_refused(limited, data_file, refusal):
     stores = [limited(name, limit, [data_file("a", 9)]) for name, limit in (("few", 2), ("more", 5))]
     message = refusal(*stores)
