@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,11 +15,13 @@ class CutOff:
     """A TCP proxy on a port that stays its own. While it is down, connections are refused and open ones are reset."""
 
     def __init__(self, target: tuple[str, int]):
-        self._target = target
+        self.target = target
         self._lock = threading.Lock()
         self._listener: socket.socket | None = None
         self._open: set[socket.socket] = set()
         self.port = 0
+        self.cut_after: int | None = None
+        """Go down once so many more bytes went to the server."""
         self.up()
 
     def up(self) -> None:
@@ -39,22 +42,35 @@ class CutOff:
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
+    def _is_enough(self, num_bytes: int) -> bool:
+        with self._lock:
+            if self.cut_after is None:
+                return False
+            self.cut_after -= num_bytes
+            if self.cut_after > 0:
+                return False
+            self.cut_after = None
+            return True
+
     def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
                 client, _ = listener.accept()
             except OSError:
                 return
-            server = socket.create_connection(self._target)
+            server = socket.create_connection(self.target)
             with self._lock:
                 self._open |= {client, server}
             for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+                is_request = source is client
+                threading.Thread(target=self._pump, args=(source, sink, is_request), daemon=True).start()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, is_request: bool) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 sink.sendall(data)
+                if is_request and self._is_enough(len(data)):
+                    self.down()
         for end in (source, sink):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
@@ -72,7 +88,8 @@ class ObjectStore:
         self.link = link
         self.bucket = f"bucket-{uuid.uuid4().hex[:12]}"
         self.url = f"s3://{self.bucket}"
-        self.client: Any = boto3.client("s3")
+        # Past the link: what the server holds can be asked while it is down.
+        self.client: Any = boto3.client("s3", endpoint_url="http://{}:{}".format(*link.target))
         self.client.create_bucket(Bucket=self.bucket)
 
     def put(self, key: str, content: bytes) -> str:
@@ -94,6 +111,18 @@ class ObjectStore:
         for file in sorted(folder.iterdir()):
             self.put(f"{prefix}/{file.name}", file.read_bytes())
         return f"{self.url}/{prefix}"
+
+    def outage_after(self, num_bytes: int, seconds: float) -> None:
+        """The server is away for so many seconds once so many bytes of requests came."""
+        self.link.cut_after = num_bytes
+
+        def wait() -> None:
+            while self.link.cut_after is not None:
+                time.sleep(0.05)
+            time.sleep(seconds)
+            self.link.up()
+
+        threading.Thread(target=wait, daemon=True).start()
 
     @contextmanager
     def outage(self, seconds: float) -> Iterator[None]:

@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +72,25 @@ def test_scoring_survives_an_outage_and_a_kill(object_store: Any, pipeline: Path
     assert "12 of 12 shards done, 0 to score" in again.output
 
 
+def test_parts_and_workers_share_a_store_there_and_leave_no_copies(object_store: Any, pipeline: Path, tmp_path: Path):
+    """Two starts at once begin the store; one of them has two workers, which share its copy of the data."""
+    data = object_store.put("train.jsonl", Path("data/demo/train.jsonl").read_bytes())
+    url, scratch = f"{object_store.url}/store", tmp_path / "scratch"
+    scratch.mkdir()
+    both = scoring(pipeline, url, f"data.path={data}")
+    environment = {"TMPDIR": str(scratch), "PRIFT_SCRATCH": ""}
+    parts = [
+        start([*both, "score.part=0/2", "score.workers=2"], **environment),
+        start([*both, "score.part=1/2"], **environment),
+    ]
+    for process in parts:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+    score(pipeline, *demo_overrides(tmp_path / "store"), "score.shard_rows=8")
+    assert digests(url) == digests(tmp_path / "store")
+    assert [path.name for path in scratch.iterdir() if "-prift-" in path.name] == []
+
+
 def test_a_stop_is_not_kept_waiting_by_an_outage(object_store: Any, pipeline: Path):
     process = start(scoring(pipeline, f"{object_store.url}/store"))
     wait_for(lambda: num_shards(object_store, "store/") >= 1, process)
@@ -95,9 +113,8 @@ def test_training_survives_an_outage_to_the_same_bits(
     assert done.code == 0, done.output
 
     case = ["train.epochs=1", f"train.eval_scores={url}", f"train.cache_dir={tmp_path / 'cache'}"]
-    object_store.link.down()
+    object_store.outage_after(5000, seconds=20)  # some eight requests: it is reading
     process = start([*train, *training(Path("STORE"), remote, 1), *case, f"train.scores={url}"])
-    threading.Timer(20, object_store.link.up).start()
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "trying again for up to" in output
