@@ -358,6 +358,7 @@ def _filesystem(scheme: str) -> Any:
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if scheme == "s3":
         retries = {"total_max_attempts": 1, "mode": "standard"}
+        options["max_concurrency"] = _THREADS  # parts of 50 MB that an upload holds in memory
         options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60, "retries": retries}
     try:
         files = fsspec.filesystem(scheme, **options)

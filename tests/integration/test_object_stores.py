@@ -124,6 +124,29 @@ def test_training_survives_an_outage_to_the_same_bits(
     assert (remote / name).read_bytes() == (local / name).read_bytes()
 
 
+def test_other_trainers_read_a_store_there(object_store: Any, demo_store: Path, tmp_path: Path):
+    from stage2_train.hf import ScoreStore
+
+    url = object_store.copy_in(demo_store, "store")
+    here, there = (ScoreStore(store, method="prift_prob", cache_dir=str(tmp_path)) for store in (demo_store, url))
+    assert len(here.dataset) == 96
+    assert str(there.dataset[5]) == str(here.dataset[5])
+
+
+def test_a_worker_elsewhere_is_given_urls_as_they_are(object_store: Any, pipeline: Path):
+    from shared.load_config import load_config
+    from shared.places import place
+    from stage1_score.worker import Task
+
+    data = object_store.put("train.jsonl", Path("data/demo/train.jsonl").read_bytes())
+    words = [*demo_overrides(f"{object_store.url}/store"), f"data.path={data}", "data.limit=8"]
+    score(pipeline, *words)
+    manifest = read_manifest(place(f"{object_store.url}/store"))
+    given = Task(load_config(pipeline, words), manifest).with_absolute_paths()
+    assert given.config.score.output == f"{object_store.url}/store"
+    assert [file.path for file in given.manifest.source.files] == [data]
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "parquet"])
 def test_data_is_read_from_an_object_store(object_store: Any, pipeline: Path, tmp_path: Path, ending: str):
     rows = [json.loads(line) for line in Path("data/demo/train.jsonl").read_text().splitlines()[:24]]

@@ -1,5 +1,6 @@
 """Places in an object store: what pathlib does for a folder, and that an object is whole or not there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -325,3 +326,32 @@ def test_shards_of_a_store_that_is_unfinished(
     object_store.put("store/shard-00000.parquet", object_store.get("store/shard-00001.parquet"))
     with pytest.raises(UserError, match=f"{shard_path(store, 0)}: its footer says shard=1, expected 0"):
         open_store(store)
+
+
+@pytest.mark.parametrize(
+    ("denied", "action"),
+    [
+        ("s3:GetObject", lambda where: where.read_bytes()),
+        ("s3:PutObject", lambda where: where.upload(Path(__file__))),
+        ("s3:PutObject", lambda where: probe_writable(where.parent)),
+    ],
+)
+def test_rights_that_lack_are_said_at_once(object_store: Any, denied: str, action: Callable[[RemotePath], Any]):
+    where = remote(object_store.put("a/key", b"one"))
+    bucket = f"arn:aws:s3:::{object_store.bucket}"
+    statement = {"Effect": "Deny", "Principal": "*", "Action": denied, "Resource": [bucket, f"{bucket}/*"]}
+    policy = {"Version": "2012-10-17", "Statement": [statement]}
+    object_store.client.put_bucket_policy(Bucket=object_store.bucket, Policy=json.dumps(policy))
+    with pytest.raises(UserError, match=rf"s3://{object_store.bucket}/a.*permission refused .*credentials"):
+        action(where)
+
+
+def test_no_credentials_are_said_at_once(object_store: Any, repository: Path, tmp_path: Path):
+    code = "from shared.places import place; print(place('s3://bucket/key').is_file())"
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    environment = {name: value for name, value in os.environ.items() if name not in keys}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False,
+        env={**environment, "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert "UserError: s3://bucket/key: no credentials" in done.stderr
