@@ -26,7 +26,7 @@ from shared.errors import UserError
 from shared.head import vocab_rows
 from shared.outlook import warnings_of
 from shared.places import place
-from shared.score_store import TARGET_WEIGHT
+from shared.score_store import TARGET_WEIGHT, TARGET_WEIGHT_BOUNDS
 from shared.statistics import token_statistics
 from shared.weighting import TargetStatistics, resolve_weighting
 from stage2_train.cache import CachedRow, open_cache
@@ -38,6 +38,9 @@ _NO_TARGET = -100
 
 _MARK = 1 << 31
 """Set in each label that carries a weight; an id is below it, the bits of a float32 weight stand above it."""
+
+_OPEN = 2.0**100
+"""Times the data's own weight: a weight that only the model in training will say. Exact, and above every other."""
 
 _SETTINGS: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "ids and labels are made as a row is read; the data set has no column of them"),
@@ -162,9 +165,9 @@ class ScoreStore:
     def _weigh_online(self, logits_KV: Tensor, ids_K: Tensor, weights_K: Tensor) -> Tensor:
         """Weights, those that the labels leave open made from the model's own statistics.
 
-        An open one is the data's own weight with the sign turned: -1 where the data has none.
+        An open one is the data's own weight, 1 where the data has none, times a power of two that no weight reaches.
         """
-        is_open_K = weights_K < 0
+        is_open_K = weights_K >= _OPEN * TARGET_WEIGHT_BOUNDS[0]
         if not is_open_K.any():
             return weights_K
         if not self._is_online:
@@ -173,7 +176,7 @@ class ScoreStore:
         statistics = token_statistics(logits_KV, ids_K, self._weighting.columns)
         is_stop_K = torch.isin(ids_K, self._stop_token_ids.to(ids_K.device))
         # Where it is not open, what stands there is not the data's own weight, and the product is not used.
-        seen = TargetStatistics(statistics, target_weights_N=-weights_K)
+        seen = TargetStatistics(statistics, target_weights_N=weights_K / _OPEN)
         return torch.where(is_open_K, self._weighting.weights(seen, is_stop_K), weights_K)
 
     def _examples(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[np.ndarray]]:
@@ -187,7 +190,7 @@ class ScoreStore:
         ids_N = torch.from_numpy(row.input_ids[row.target_positions].astype(np.int64))
         columns = {name: torch.from_numpy(values.copy()) for name, values in row.statistics.items()}
         given_N = columns.pop(TARGET_WEIGHT, torch.ones(ids_N.shape))
-        weights_N = -given_N
+        weights_N = given_N * _OPEN
         if not self._is_online:
             seen = TargetStatistics(columns, target_weights_N=given_N)
             weights_N = self._weighting.weights(seen, torch.isin(ids_N, self._stop_token_ids))
