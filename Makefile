@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 TESTED := .venv/tested
 METHODS := sft dft prift_prob prift_mass
 
-.PHONY: demo test test-long check bench sbom wheel
+.PHONY: demo test test-long check fuzz bench sbom wheel
 
 # Score once, train four runs from the one store, compare.
 demo: $(INSTALLED)
@@ -32,6 +32,10 @@ check: $(TESTED)
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_imports.py
+
+# Damaged and hostile stores, ten ways of reading each; how many is up to you.
+fuzz: $(TESTED)
+	PRIFT_FUZZ_EXAMPLES=$${PRIFT_FUZZ_EXAMPLES:-10000} $(BIN)/python -m pytest -q tests/fuzz
 
 bench: $(TESTED)
 	$(BIN)/python benchmarks/score.py

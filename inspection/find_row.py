@@ -1,6 +1,5 @@
 """One row of a store, found by streaming. Imports no torch."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from inspection.harmless import harmless
 from shared.errors import UserError
 from shared.places import Place
 from shared.score_store import Manifest
-from shared.shards import ScoredRow, Shard, dropped_path, read_batches
+from shared.shards import ScoredRow, Shard, read_batches, read_dropped
 from shared.verify import row_problems
 from stage1_score.cross_check import scored_rows
 
@@ -99,10 +98,7 @@ def _no_such_id(store: Place, manifest: Manifest, shards: Sequence[Shard], name:
 
 def _dropped(store: Place, shards: Sequence[Shard]) -> Iterator[dict[str, Any]]:
     for shard in shards:
-        path = dropped_path(store, shard.index)
-        if path.is_file():
-            with path.open(encoding="utf-8") as lines:
-                yield from map(json.loads, lines)
+        yield from read_dropped(shard)
 
 
 def _dropped_in_words(dropped: dict[str, Any]) -> str:

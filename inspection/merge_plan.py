@@ -7,7 +7,7 @@ from inspection.harmless import harmless
 from inspection.provenance import Span, differing_meanings, differing_sources, field_table, spans
 from shared.errors import UserError
 from shared.places import Place, kept_copy
-from shared.score_store import DataFile, Manifest
+from shared.score_store import SCHEMA_VERSION, DataFile, Manifest
 from shared.shards import Shard, open_store
 
 _AND = " and "
@@ -103,6 +103,12 @@ def _refuse_other_meanings(parts: Sequence[Part]) -> None:
     """Refuse stores whose numbers do not mean the same, with a table of the fields that differ."""
     first = parts[0]
     for part in parts[1:]:
+        versions = [each.manifest.schema_version for each in (first, part)]
+        if (versions[0] < SCHEMA_VERSION) != (versions[1] < SCHEMA_VERSION):
+            raise UserError(
+                f"{first.store} and {part.store} are of schema versions {versions[0]} and {versions[1]}: lift the "
+                "older by `prift-inspect migrate`"
+            )
         pairs = differing_meanings(first.manifest, part.manifest)
         # What was read of a row is recorded once for the whole source.
         pairs += [

@@ -42,7 +42,9 @@ def place_of(source: Source, source_index: int) -> tuple[Span, int]:
 
 def differing_meanings(left: Manifest, right: Manifest) -> list[tuple[str, Any, Any]]:
     """Fields (name, left, right), the source aside, without whose agreement two stores do not mean the same."""
-    old, new = left.identity.model_dump(), right.identity.model_dump()
+    old, new = dict(left.identity), dict(right.identity)
+    # A version that does not know it never split a conversation.
+    old["split_turns"], new["split_turns"] = bool(old["split_turns"]), bool(new["split_turns"])
     pairs = [(f"identity.{name}", old[name], new[name]) for name in old]
     names = ("vocab_size", "tokenizer", "stop_token_ids", "user_row_ids")
     pairs += [(name, *(getattr(manifest, name) for manifest in (left, right))) for name in names]

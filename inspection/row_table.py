@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.places import kept_copy
 from shared.shards import Shard
 
@@ -24,13 +24,13 @@ def scan_rows(shards: Sequence[Shard]) -> pl.LazyFrame:
 def row_table(shards: Sequence[Shard]) -> pl.DataFrame:
     """source_index, num_tokens, num_targets and mean_logprob (nats, float64) of each row, in order: 24 bytes a row."""
     scores = pl.col("logprob").list
-    return (
-        scan_rows(shards)
-        .select(
-            "source_index",
-            pl.col("input_ids").list.len().alias("num_tokens"),
-            scores.drop_nulls().list.len().alias("num_targets"),
-            scores.eval(pl.element().cast(pl.Float64)).list.mean().alias("mean_logprob"),
-        )
-        .collect(engine="streaming")
+    rows = scan_rows(shards).select(
+        "source_index",
+        pl.col("input_ids").list.len().alias("num_tokens"),
+        scores.drop_nulls().list.len().alias("num_targets"),
+        scores.eval(pl.element().cast(pl.Float64)).list.mean().alias("mean_logprob"),
     )
+    try:
+        return rows.collect(engine="streaming")
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{shards[0].path.parent}: {first_line(error)}: prift-inspect verify says more") from None

@@ -201,7 +201,7 @@ class ScoreConfig(_Strict):
     of fewer rows is slow; 64 on a CPU."""
     columns: tuple[Column, ...] = DEFAULT_COLUMNS
     """Statistics to store; `entropy_top20` and `collision` serve the rules `entropy` and `deft`."""
-    shard_rows: int = Field(default=2048, ge=1)
+    shard_rows: int = Field(default=2048, ge=1, le=1 << 24)
     """Source rows of a shard, the unit of resuming and of what workers share; fixed once the store is begun. A killed
     run loses at most the shards it was in."""
     rehash: bool = False

@@ -34,6 +34,18 @@ def sha256_of_file(path: "Place") -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value; one that is nested too deeply to be read is as malformed as any.
+
+    Raises:
+        ValueError: malformed.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def sha256_of_json(value: Any) -> str:
     """Hex sha256 of a JSON value in canonical form: sorted keys, no blanks, UTF-8."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -11,11 +11,12 @@ import shlex
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Field,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -23,7 +24,7 @@ from pydantic import (
 )
 
 from shared.errors import UserError
-from shared.files import create_json, json_text, replacing, sha256_of_json
+from shared.files import create_json, json_text, parse_json, replacing, sha256_of_json
 from shared.places import Place, RemotePath
 from shared.pretrained import TokenizerContent
 
@@ -32,6 +33,10 @@ SCHEMA_VERSION = 3
 MANIFEST_NAME = "store.json"
 TARGET_WEIGHT = "target_weight"
 """Column of the data's own weights of targets, which multiply the rule's."""
+MOST_ROWS = 1 << 40
+MOST_SHARD_ROWS = 1 << 24
+MOST_TOKEN_IDS = 1 << 22
+"""What a store may say that it holds: beyond all that exists, and small enough to make room for."""
 TARGET_WEIGHT_BOUNDS = (1e-6, 1e6)
 """The smallest and the largest of them; 0 makes a token no target."""
 
@@ -87,11 +92,11 @@ class DataFile(_Record):
     """A file of the source."""
 
     path: str
-    size: int
+    size: int = Field(ge=0, le=1 << 60)
     mtime_ns: int
     """Of an object: `shared.places.Stat`."""
     sha256: str
-    num_rows: int
+    num_rows: int = Field(ge=0, le=MOST_ROWS)
 
 
 class HubSource(_Record):
@@ -113,9 +118,9 @@ class Source(_Record):
 
     format: str
     columns: dict[str, str | None]
-    limit: int | None
-    files: tuple[DataFile, ...]
-    shard_rows: int
+    limit: int | None = Field(ge=1)
+    files: tuple[DataFile, ...] = Field(min_length=1)
+    shard_rows: int = Field(ge=1, le=MOST_SHARD_ROWS)
     extended_at: tuple[int, ...] = ()
     """Numbers of rows at which the store grew: there a shard ends, however few rows it holds, and another begins."""
     weighted: bool = False
@@ -171,10 +176,10 @@ class Manifest(_Record):
     source: Source
     prior_name: str
     prior_revision: str | None
-    vocab_size: int
+    vocab_size: int = Field(ge=1, le=MOST_TOKEN_IDS)
     """Rows of the prior's softmax; every token id is below it."""
     tokenizer: TokenizerContent
-    stop_token_ids: tuple[int, ...]
+    stop_token_ids: tuple[Annotated[int, Field(ge=0, lt=MOST_TOKEN_IDS)], ...]
     user_row_ids: bool
     """Whether row ids are the user's own, and so unique."""
     software: dict[str, str]
@@ -213,13 +218,16 @@ def read_manifest(store: Place) -> Manifest:
     """
     path = store / MANIFEST_NAME
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # What is no file might be a pipe that nobody writes to.
+        content = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
     except FileNotFoundError:
-        raise UserError(f"{store}: expected a score store, found no {MANIFEST_NAME}; prift-score makes it") from None
-    except ValueError as error:
+        content = None
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
+    if content is None:
+        raise UserError(f"{store}: expected a score store, found no {MANIFEST_NAME}; prift-score makes it")
     version = content.get("schema_version") if isinstance(content, dict) else None
-    if isinstance(version, bool) or version not in range(1, SCHEMA_VERSION + 1):
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise UserError(
             f"{path}: expected a schema version from 1 to {SCHEMA_VERSION}, found {version!r}: the store was made by "
             "another version of prift; score again, or use that version"
@@ -227,7 +235,7 @@ def read_manifest(store: Place) -> Manifest:
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False)[0]
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if manifest.fingerprint != manifest.identity.fingerprint():
         raise UserError(f"{path}: the fingerprint is not that of the identity beside it: the file was edited")

@@ -7,6 +7,7 @@ or edited after scoring no longer fit it.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shared.errors import UserError, first_line
-from shared.files import replacing
+from shared.files import parse_json, replacing
 from shared.places import Place, RemotePath, local_copy
-from shared.score_store import TARGET_WEIGHT, Manifest, read_manifest
+from shared.score_store import MOST_ROWS, TARGET_WEIGHT, Manifest, read_manifest
 
 _FOOTER_KEY = b"prift"
 _FOOTERS_AT_ONCE = 8
 _ROW_GROUP_ROWS = 512
+_SHARD_NAME = re.compile(r"shard-([0-9]{5,13})\.parquet")
+_TYPES = {"row_id": "string", "source_index": "int64", "turn": "int32", "input_ids": "list<int32>"}
+"""Of the columns of a shard; all others are lists of float."""
 
 
 @dataclass(frozen=True)
@@ -118,18 +122,27 @@ def read_footer(path: Place, manifest: Manifest, index: int) -> Shard:
     try:
         with pq.ParquetFile(footer_source(path)) as file:
             content, num_rows = (file.schema_arrow.metadata or {}).get(_FOOTER_KEY), file.metadata.num_rows
-            columns = file.schema_arrow.names
-        footer = json.loads(content or b"{}")
+            fields = [(field.name, _shown_type(field.type)) for field in file.schema_arrow]
+        footer = parse_json(content or b"{}")
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a whole Parquet file ({first_line(error)}); remove it and score again") from None
+    said = footer if isinstance(footer, dict) else {}
     expected = {"fingerprint": manifest.fingerprint, "shard": index, "num_rows": num_rows}
     for name, value in expected.items():
-        if footer.get(name) != value:
-            raise UserError(f"{path}: its footer says {name}={footer.get(name)!r}, expected {value!r}")
-    planned = list(manifest.columns)
-    if columns != planned:
-        raise UserError(f"{path}: expected the columns {planned}, found {columns}; remove it and score again")
-    return Shard(path, index, num_rows, footer["num_tokens"], footer["num_targets"], footer["digest"])
+        if said.get(name) != value:
+            raise UserError(f"{path}: its footer says {name}={said.get(name)!r:.80}, expected {value!r}")
+    for name, kind in (("num_tokens", int), ("num_targets", int), ("digest", str)):
+        if type(said.get(name)) is not kind or (kind is int and not 0 <= said[name] <= MOST_ROWS):
+            raise UserError(f"{path}: its footer says {name}={said.get(name)!r:.80}; remove it and score again")
+    planned = [(name, _TYPES.get(name, "list<float>")) for name in manifest.columns]
+    if fields != planned:
+        raise UserError(f"{path}: expected the columns {planned}, found {fields}; remove it and score again")
+    return Shard(path, index, num_rows, said["num_tokens"], said["num_targets"], said["digest"])
+
+
+def _shown_type(kind: pa.DataType) -> str:
+    """An Arrow type by its name, whatever the elements of a list are called."""
+    return f"list<{kind.value_type}>" if pa.types.is_list(kind) else str(kind)
 
 
 def footer_source(path: Place) -> Any:
@@ -139,10 +152,14 @@ def footer_source(path: Place) -> Any:
 
 def shards_there(store: Place, indices: Sequence[int]) -> list[int]:
     """Those of the shards whose file is there."""
-    if isinstance(store, RemotePath):
+    if not isinstance(store, RemotePath):
+        # By what is there, not by what is planned: a manifest may plan more than could be looked for.
+        names = {path.name for path in store.glob("shard-*.parquet") if path.is_file()}
+    else:
         names = store.names()
-        return [index for index in indices if shard_path(store, index).name in names]
-    return [index for index in indices if shard_path(store, index).is_file()]
+    found = (_SHARD_NAME.fullmatch(name) for name in names)
+    there = {int(match[1]) for match in found if match and shard_path(store, int(match[1])).name in names}
+    return sorted(index for index in there if index in indices)
 
 
 def read_footers(store: Place, manifest: Manifest, indices: Sequence[int]) -> list[Shard]:
@@ -164,11 +181,12 @@ def open_store(store: Place, num_shards: int | None = None) -> tuple[Manifest, l
     """
     manifest = read_manifest(store)
     planned = range(manifest.source.num_shards if num_shards is None else num_shards)
-    missing = sorted(set(planned) - set(shards_there(store, planned)))
-    if missing:
+    there = set(shards_there(store, planned))
+    if len(there) < len(planned):
+        first = next(index for index in planned if index not in there)
         raise UserError(
-            f"{store} is unfinished: {len(missing)} of {len(planned)} shards are missing, the first is shard "
-            f"{missing[0]}; run prift-score again to finish it"
+            f"{store} is unfinished: {len(planned) - len(there)} of {len(planned)} shards are missing, the first is "
+            f"shard {first}; run prift-score again to finish it"
         )
     return manifest, read_footers(store, manifest, planned)
 
@@ -181,9 +199,14 @@ def read_dropped(shard: Shard) -> list[dict[str, Any]]:
     """
     path = dropped_path(shard.path.parent, shard.index)
     try:
-        listed = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not all(type(row["source_index"]) is int for row in listed):
-            raise TypeError("a source_index is no integer")
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        listed = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for row in listed:
+            if type(row["source_index"]) is not int or not 0 <= row["source_index"] < MOST_ROWS:
+                raise TypeError(f"source_index={row['source_index']!r:.80}")
+            if not isinstance(row["row_id"], str) or not isinstance(row["reason"], str):
+                raise TypeError("row_id and reason are no texts")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: expected the list of dropped rows: {first_line(error)}") from None
     return sorted(listed, key=lambda row: row["source_index"])
@@ -203,6 +226,8 @@ def read_batches(shard: Shard, columns: Sequence[str] | None = None) -> Iterator
             digest = _Digest(file.schema_arrow.names) if columns is None else None
             for group in range(file.num_row_groups):
                 table = file.read_row_group(group, columns=columns)
+                if "row_id" in table.column_names:
+                    table.column("row_id").validate(full=True)  # text that is no Unicode
                 if digest is not None:
                     digest.update(table)
                 yield table
