@@ -12,7 +12,7 @@ from shared.files import probe_writable, remove_stale_temporaries
 from shared.places import Place, RemotePath, place
 from shared.pretrained import PretrainedFiles, find_pretrained, load_tokenizer, vocab_rows_of
 from shared.score_store import MANIFEST_NAME, DataFile, HubSource, Manifest, Source, create_or_match, read_manifest
-from shared.shards import dropped_path, read_footers, shards_there
+from shared.shards import read_dropped, read_footers, shards_there
 from stage1_score.choose_engine import choose_device, choose_dtypes, choose_engine
 from stage1_score.extend import grown_manifest
 from stage1_score.formats import RowFormat
@@ -171,7 +171,7 @@ def _preview(
     sampled = islice(read_rows(source, row_format, range(num_sampled)), num_sampled)
     kept, dropped = tokenize_rows(sampled, row_tokenizer)
     misfits = [row for row in dropped if row.breaks_template]
-    refuse_misfits(len(misfits), num_sampled, str(misfits[0]) if misfits else None)
+    refuse_misfits(len({row.source_index for row in misfits}), num_sampled, str(misfits[0]) if misfits else None)
     if not kept and num_sampled == source.num_rows:
         raise UserError(
             f"no row left with a target: all {num_sampled} rows were dropped, the first because of: {dropped[0].reason}"
@@ -204,6 +204,8 @@ def refuse_misfits(num_misfits: int, num_rows: int, example: str | None) -> None
     """Stop where more than 1 % of all rows do not fit the chat template: the template is wrong, not the rows.
 
     Args:
+        num_misfits: rows of the data that do not fit, in one of their turns or in several.
+        num_rows: rows of the data.
         example: one of them in words.
     """
     if num_misfits > _MOST_MISFITS * num_rows:
@@ -214,6 +216,6 @@ def refuse_misfits(num_misfits: int, num_rows: int, example: str | None) -> None
 
 def listed_misfits(plan: Plan) -> int:
     """Rows of the finished shards that did not fit the chat template: they count towards the limit of a resumed run."""
-    done = shards_there(plan.store, range(plan.manifest.source.num_shards))
-    texts = (dropped_path(plan.store, index).read_text(encoding="utf-8") for index in done)
-    return sum(f'"reason": "{TEMPLATE_REASON}: ' in line for text in texts for line in text.splitlines())
+    there = shards_there(plan.store, range(plan.manifest.source.num_shards))
+    listed = [row for shard in read_footers(plan.store, plan.manifest, there) for row in read_dropped(shard)]
+    return len({row["source_index"] for row in listed if row["reason"].startswith(f"{TEMPLATE_REASON}: ")})

@@ -31,7 +31,7 @@ class ShardReport:
     num_rows: int
     num_dropped: int
     num_misfits: int
-    """Dropped rows that do not fit the chat template."""
+    """Rows of the data that do not fit the chat template, in one of their turns or in several."""
     first_misfit: str | None
     num_tokens: int
     """Of the scored rows, padding not counted."""
@@ -74,7 +74,7 @@ def score_shard(
         worker=worker,
         num_rows=written.num_rows,
         num_dropped=len(shard.dropped),
-        num_misfits=len(misfits),
+        num_misfits=len({row.source_index for row in misfits}),
         first_misfit=str(misfits[0]) if misfits else None,
         num_tokens=written.num_tokens,
         num_targets=written.num_targets,

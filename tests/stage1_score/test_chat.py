@@ -153,6 +153,24 @@ def split_store(prior_with, tmp_path: Path, write_jsonl, prift_score) -> Path:
     return tmp_path / "store"
 
 
+def test_a_conversation_counts_once_towards_the_share_that_may_be_dropped(
+    prior_with, tmp_path: Path, write_jsonl, prift_score
+):
+    # Two of its three turns begin otherwise than what the model is prompted with; 2 of 150 would be too many.
+    odd = FORGETFUL.replace("A:{% if loop.last %}", "{{ 'B:' if m.content == '3' else 'A:' }}{% if loop.last %}")
+    misfit = [*turn("", "2"), *turn("", "3"), *turn("", "3")]
+    rows = [{"messages": misfit if n == 7 else turn("", f"x{n}")} for n in range(150)]
+    data, prior = write_jsonl(tmp_path / "data.jsonl", rows), prior_with(tmp_path / "prior", odd)
+    words = (f"data.path={data}", f"prior.model={prior}", f"score.output={tmp_path}/store", "score.batch_tokens=2000")
+    outcome = prift_score(*words)
+    assert outcome.code == 0, outcome.stderr
+    assert "150 rows kept, 2 dropped" in outcome.stdout
+    # What is listed already counts as it did.
+    write_jsonl(data, [*rows, *({"messages": turn("", f"y{n}")} for n in range(10))])
+    outcome = prift_score(*words, "score.extend=true")
+    assert outcome.code == 0, outcome.stderr
+
+
 def test_split_rows_in_a_store(split_store: Path, read_store, prift_inspect, tmp_path: Path):
     rows = read_store(split_store)
     assert [(row["row_id"], row["source_index"], row["turn"]) for row in rows] == [
