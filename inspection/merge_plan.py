@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from inspection.harmless import harmless
 from inspection.provenance import Span, differing_meanings, differing_sources, field_table, spans
 from shared.errors import UserError
-from shared.places import Place, kept_copy
+from shared.local_copies import kept_copy
+from shared.places import Place
 from shared.score_store import SCHEMA_VERSION, DataFile, Manifest
 from shared.shards import Shard, open_store
 

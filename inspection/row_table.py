@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import polars as pl
 
 from shared.errors import UserError, first_line
-from shared.places import kept_copy
+from shared.local_copies import kept_copy
 from shared.shards import Shard
 
 

@@ -4,23 +4,20 @@
 has. Every verb waits out an outage (`shared/retrying.py`). What is read as a file is copied to the local disk first.
 """
 
-import fcntl
 import glob
 import hashlib
-import json
 import re
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from shared.errors import UserError
-from shared.files import remove, scratch_folder
+from shared.local_copies import kept_copy, kept_record
 from shared.retrying import retrying
 
 _EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
@@ -99,8 +96,8 @@ class RemotePath:
         Raises:
             FileNotFoundError: there is no such object.
         """
-        kept = _kept_file(self).with_suffix(".json") if _kept_file(self).exists() else None
-        return Stat(**json.loads(kept.read_text())) if kept and kept.exists() else _stat_of(self._info())
+        recorded = kept_record(self)
+        return Stat(**recorded) if recorded is not None else _stat_of(self._info())
 
     def names(self) -> set[str]:
         """Names of the objects right under this one."""
@@ -285,52 +282,6 @@ def matching_files(pattern: str) -> list[Place]:
         return [RemotePath(f"{where.scheme}://{name.removeprefix(f'{where.scheme}://')}") for name in names]
     matches = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]
     return [Path(match) for match in matches if Path(match).is_file()]
-
-
-@contextmanager
-def local_copy(path: Place) -> Iterator[Path]:
-    """A local file with the content, removed after the block; a local path itself."""
-    if isinstance(path, Path) or _kept_file(path).exists():
-        yield kept_copy(path)
-        return
-    # Not shared: what reads a store twice at once would wait for itself.
-    file = scratch_folder() / f"{uuid.uuid4().hex}-{path.name}"
-    try:
-        path.download(file)
-        yield file
-    finally:
-        remove(file)
-
-
-def kept_copy(path: Place) -> Path:
-    """A local file with the content as it was when the run first asked for it, kept till the run ends; a local path
-    itself. Processes that this one starts share it."""
-    if isinstance(path, Path):
-        return path
-    file = _kept_file(path)
-    if not file.exists():
-        with _locked(path):
-            if not file.exists():
-                partial = file.with_suffix(".partial")
-                stat = path.download(partial)
-                file.with_suffix(".json").write_text(json.dumps(vars(stat)))
-                partial.replace(file)
-    return file
-
-
-def _kept_file(path: RemotePath) -> Path:
-    return scratch_folder() / f"{_digest(path)}.kept"
-
-
-def _digest(path: RemotePath) -> str:
-    return hashlib.sha256(path.url.encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _locked(path: RemotePath) -> Iterator[None]:
-    with (scratch_folder() / f"{_digest(path)}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _stat_of(info: dict[str, Any]) -> Stat:

@@ -59,14 +59,17 @@ def retrying(action: Callable[[], _Result], url: str) -> _Result:
         try:
             result = action()
         except Exception as error:
-            reason = _lasting_reason(error)
-            if reason is not None:
-                raise UserError(f"{url}: {reason}") from None
             if not _is_passing(error):
-                raise
+                if started is not None:
+                    _say_goes_on(url)  # a refusal is an answer too
+                reason = _lasting_reason(error)
+                if reason is None:
+                    raise
+                raise UserError(f"{url}: {reason}") from None
             now = time.monotonic()
             started = now if started is None else started
             if now - started > PATIENCE_SECONDS:
+                _forget_waiting()
                 raise UserError(
                     f"{url}: no answer for {PATIENCE_SECONDS:.0f} seconds ({_in_words(error)}); what is finished "
                     "stays, and the same command goes on once the store answers"
@@ -106,6 +109,12 @@ def _say_goes_on(url: str) -> None:
             _waiting_since = None
 
 
+def _forget_waiting() -> None:
+    global _waiting_since
+    with _lock:
+        _waiting_since = None
+
+
 def _say(line: str) -> None:
     # Not on standard output, which may be a verb's JSON; of the ranks of a node one speaks.
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -115,7 +124,7 @@ def _say(line: str) -> None:
 def _lasting_reason(error: Exception) -> str | None:
     """Why the operation will not succeed however often it is tried, with what to do; None where it may, or where the
     caller knows what it means."""
-    if isinstance(error, UserError) or _is_passing(error):
+    if isinstance(error, UserError):
         return None
     if isinstance(error, FileNotFoundError | FileExistsError):
         missing = "bucket" in str(error).lower() and "not exist" in str(error).lower()

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from shared.errors import UserError, first_line
 from shared.files import parse_json, replacing
-from shared.places import Place, RemotePath, local_copy
+from shared.local_copies import local_copy
+from shared.places import Place, RemotePath
 from shared.score_store import MOST_ROWS, TARGET_WEIGHT, Manifest, read_manifest
 
 _FOOTER_KEY = b"prift"

@@ -8,7 +8,8 @@ import polars as pl
 import pyarrow as pa
 
 from shared.errors import UserError
-from shared.places import Place, kept_copy
+from shared.local_copies import kept_copy
+from shared.places import Place
 from shared.score_store import TARGET_WEIGHT, TARGET_WEIGHT_BOUNDS, Manifest, read_manifest
 from shared.shards import MOST_TURNS, FlatColumn, Shard, flatten, open_store, read_batches, read_dropped, row_keys
 

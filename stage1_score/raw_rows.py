@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 
 from shared.config import DataConfig
 from shared.errors import UserError
-from shared.places import Place, kept_copy, matching_files
+from shared.local_copies import kept_copy
+from shared.places import Place, matching_files
 
 
 def expand_paths(config: DataConfig) -> list[Place]:

@@ -17,7 +17,8 @@ import pytest
 from shared import places, retrying
 from shared.errors import UserError
 from shared.files import create_json, probe_writable, replacing, scratch_folder, sha256_of_file
-from shared.places import RemotePath, kept_copy, local_copy, local_place, matching_files, place
+from shared.local_copies import kept_copy, local_copy
+from shared.places import RemotePath, local_place, matching_files, place
 from shared.score_store import create_or_match, read_manifest, replace_manifest
 from shared.shards import open_store, shard_path, write_shard
 

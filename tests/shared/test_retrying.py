@@ -103,6 +103,31 @@ def test_what_the_caller_knows_is_left_to_it(error: Exception):
         retrying(failing(1, error), URL)
 
 
+def test_each_outage_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """That there is no such object is an answer too, and so is a refusal."""
+
+    def answers(*errors: Exception) -> Callable[[], None]:
+        left = list(errors)
+
+        def action() -> None:
+            raise left.pop(0)
+
+        return action
+
+    reset = ConnectionResetError("reset")
+    with pytest.raises(FileNotFoundError):
+        retrying(answers(reset, reset, FileNotFoundError(URL)), URL)
+    with pytest.raises(UserError):
+        retrying(answers(reset, PermissionError("no")), URL)
+    assert retrying(failing(1, reset), URL) == "done"
+    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.05)
+    for _ in range(2):
+        with pytest.raises(UserError):
+            retrying(failing(1000, reset), URL)
+    told = [line.split(": ", 1)[1].split(" ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == ["reset;", "answers"] * 3 + ["reset;"] * 2
+
+
 def test_it_gives_up_at_last(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.3)
     started = time.monotonic()
