@@ -33,7 +33,7 @@ check: $(TESTED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -q tests/test_imports.py
 
-# Damaged and hostile stores, ten ways of reading each; how many is up to you.
+# Damaged and hostile stores, eleven ways of reading each; how many is up to you.
 fuzz: $(TESTED)
 	PRIFT_FUZZ_EXAMPLES=$${PRIFT_FUZZ_EXAMPLES:-10000} $(BIN)/python -m pytest -q tests/fuzz
 

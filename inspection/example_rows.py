@@ -12,6 +12,7 @@ from inspection.harmless import harmless
 from inspection.row_table import row_table, scan_rows
 from shared.errors import UserError
 from shared.shards import Shard
+from shared.verify import collected
 
 _ROWS_OF_A_KIND = 5
 _MOST_TOKENS_OF_A_ROW = 1500
@@ -57,7 +58,7 @@ def choose_rows(shards: Sequence[Shard], asked: Sequence[str]) -> dict[int, str]
     chosen |= dict.fromkeys(order[-count:], "worst") | dict.fromkeys(order[:count], "best")
     if asked:
         found = scan_rows(shards).filter(pl.col("row_id").is_in(asked)).select("row_id", "source_index")
-        rows = found.collect(engine="streaming")
+        rows = collected(found, shards[0].path.parent)
         missing = sorted(set(asked) - set(rows["row_id"]))
         if missing:
             raise UserError(f"no row has the id {harmless(missing[0])!r}")
@@ -67,7 +68,8 @@ def choose_rows(shards: Sequence[Shard], asked: Sequence[str]) -> dict[int, str]
 
 def load_rows(shards: Sequence[Shard], chosen: dict[int, str], tokenizer: Any | None) -> list[ExampleRow]:
     """Read and decode the chosen rows: those asked for first, then best, median and worst, as many as a page holds."""
-    frame = scan_rows(shards).filter(pl.col("source_index").is_in(list(chosen))).collect(engine="streaming")
+    wanted = scan_rows(shards).filter(pl.col("source_index").is_in(list(chosen)))
+    frame = collected(wanted, shards[0].path.parent)
     kinds = ("asked", "best", "median", "worst")
     rows = [_example(row, chosen[row["source_index"]], tokenizer) for row in frame.iter_rows(named=True)]
     rows.sort(key=lambda row: (kinds.index(row.kind), -row.mean_logprob, row.source_index))

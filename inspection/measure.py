@@ -38,7 +38,10 @@ def measure(store: Place) -> StoreNumbers:
             f"{store}: the columns logprob and mass_rank are needed; {', '.join(sorted(missing))} is missing"
         )
     rows = row_table(shards)
-    tau = -float(rows["mean_logprob"].median())  # type: ignore[arg-type]
+    median = rows["mean_logprob"].median()
+    if not isinstance(median, float):
+        raise UserError(f"{store}: a row has no target: prift-inspect verify says more")
+    tau = -median
     sums = _Sums(manifest, tau)
     for block in target_blocks(manifest, shards):
         sums.add(block)

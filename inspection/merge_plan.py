@@ -10,6 +10,7 @@ from shared.local_copies import kept_copy
 from shared.places import Place
 from shared.score_store import SCHEMA_VERSION, DataFile, Manifest
 from shared.shards import Shard, open_store
+from shared.verify import collected
 
 _AND = " and "
 
@@ -153,7 +154,7 @@ def _refuse_repeated_ids(parts: Sequence[Part]) -> None:
     if not scans:
         return
     ids = pl.concat(scans).group_by("row_id").agg(pl.len(), pl.col("store").min(), last=pl.col("store").max())
-    repeated = ids.filter(pl.col("len") > 1).sort("store", "last", "row_id").head(1).collect(engine="streaming")
+    repeated = collected(ids.filter(pl.col("len") > 1).sort("store", "last", "row_id").head(1), parts[0].store)
     for row_id, _, one, other in repeated.iter_rows():
         raise UserError(
             f"row id {row_id!r} stands in {parts[one].store} and in {parts[other].store}, for rows of different data "

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from shared.errors import UserError, first_line
+from shared.errors import UserError
 from shared.local_copies import kept_copy
 from shared.shards import Shard
+from shared.verify import collected
 
 
 def scan_rows(shards: Sequence[Shard]) -> pl.LazyFrame:
@@ -30,7 +31,4 @@ def row_table(shards: Sequence[Shard]) -> pl.DataFrame:
         scores.drop_nulls().list.len().alias("num_targets"),
         scores.eval(pl.element().cast(pl.Float64)).list.mean().alias("mean_logprob"),
     )
-    try:
-        return rows.collect(engine="streaming")
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{shards[0].path.parent}: {first_line(error)}: prift-inspect verify says more") from None
+    return collected(rows, shards[0].path.parent)

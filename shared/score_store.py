@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -27,6 +28,7 @@ from shared.errors import UserError
 from shared.files import create_json, json_text, parse_json, replacing, sha256_of_json
 from shared.places import Place, RemotePath
 from shared.pretrained import TokenizerContent
+from shared.rules import Column
 
 SCHEMA_VERSION = 3
 """Of stores that are made now. Versions 1 and 2 are read as they are, and lifted by `prift-inspect migrate`."""
@@ -76,7 +78,14 @@ class Identity(_Record):
     head_dtype: str
     engine: str
     statistics_version: int
-    columns: tuple[str, ...]
+    columns: tuple[Column, ...]
+
+    @field_validator("columns")
+    @classmethod
+    def _has_logprob(cls, columns: tuple[Column, ...]) -> tuple[Column, ...]:
+        if "logprob" not in columns or len(set(columns)) != len(columns):
+            raise ValueError(f"{list(columns)}: expected logprob, and each name once")
+        return columns
 
     @model_serializer(mode="wrap")
     def _as_in_its_version(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -220,6 +229,7 @@ def read_manifest(store: Place) -> Manifest:
     try:
         # What is no file might be a pipe that nobody writes to.
         content = parse_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except FileNotFoundError:
         content = None
     except (ValueError, OSError) as error:

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from shared.errors import UserError
+from shared.errors import UserError, first_line
 from shared.local_copies import kept_copy
 from shared.places import Place
 from shared.score_store import TARGET_WEIGHT, TARGET_WEIGHT_BOUNDS, Manifest, read_manifest
@@ -67,8 +67,23 @@ def verify_store(store: Place, most_problems: int = 10) -> Verification:
     return Verification(num_rows, num_targets, problems[:most_problems])
 
 
+def collected(rows: pl.LazyFrame, store: Place) -> pl.DataFrame:
+    """The rows of a query on the shards of a store, by polars' streaming engine.
+
+    Raises:
+        UserError: polars cannot read a shard.
+    """
+    try:
+        return rows.collect(engine="streaming")
+    except pl.exceptions.PolarsError as error:
+        raise UserError(f"{store}: {first_line(error)}: prift-inspect verify says more") from None
+
+
 def row_problems(table: pa.Table, manifest: Manifest, shard: Shard) -> list[str]:
     """The first row of a table that breaks each invariant, in words."""
+    for name in ("row_id", "source_index"):
+        if table.column(name).null_count:
+            return [f"{shard.path}: a row has no {name}"]
     row_ids, indices = table.column("row_id").to_pylist(), table.column("source_index").to_numpy()
     planned = manifest.source.rows_of_shard(shard.index)
     ids = flatten(table.column("input_ids"))
@@ -125,8 +140,11 @@ def _described(
 
 
 def _not_ascending(table: pa.Table, planned: range) -> np.ndarray:
-    keys = row_keys(table)
-    outside = (keys < planned.start * MOST_TURNS) | (keys >= planned.stop * MOST_TURNS)
+    indices, keys = table.column("source_index").to_numpy(), row_keys(table)
+    outside = (indices < planned.start) | (indices >= planned.stop)
+    if "turn" in table.column_names:
+        turns = table.column("turn").fill_null(0).to_numpy()
+        outside |= (turns < 0) | (turns >= MOST_TURNS - 1)
     return outside | np.concatenate([[False], np.diff(keys) <= 0])[: len(keys)]
 
 
@@ -150,7 +168,7 @@ def _first_is_target(flat: FlatColumn) -> np.ndarray:
 
 def _repeated_ids(shards: list[Shard]) -> list[str]:
     rows = pl.scan_parquet([kept_copy(shard.path) for shard in shards if shard.num_rows]).group_by("row_id").len()
-    repeated = rows.filter(pl.col("len") > 1).sort("row_id").head(10).collect(engine="streaming")
+    repeated = collected(rows.filter(pl.col("len") > 1).sort("row_id").head(10), shards[0].path.parent)
     return [
         f"row id {row_id!r} stands {count} times, though row ids are the user's own"
         for row_id, count in repeated.iter_rows()

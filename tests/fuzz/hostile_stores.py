@@ -62,7 +62,16 @@ class Change:
             return  # reading what lies there may never end
         try:
             _CHANGES[self.what](store, self.numbers, self.value)
-        except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, pa.ArrowException):
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+            pa.ArrowException,
+        ):
             # What came before has left nothing that this could be done to.
             return
 

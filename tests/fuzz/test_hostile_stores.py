@@ -20,7 +20,7 @@ import pytest
 from hostile_stores import HostileStore, stores
 from hypothesis import HealthCheck, Phase, given, settings
 
-from inspection import diff, export, merge, migrate, show, stats
+from inspection import diff, export, merge, migrate, report, show, stats
 from shared.config import Config
 from shared.errors import UserError
 from shared.score_store import TARGET_WEIGHT
@@ -80,6 +80,7 @@ def ways(store: Path, good: Path, out: Path) -> dict[str, Callable[[], object]]:
         "merge": lambda: verb(merge, store, good, "-o", out / "merged", "--duplicates", "keep-first"),
         "migrate": lambda: verb(migrate, store, "-o", out / "migrated"),
         "export": lambda: verb(export, store, "--method", "prift_mass", "--format", "jsonl", "-o", out / "rows.jsonl"),
+        "report": lambda: verb(report, store, "-o", out / "report.html"),
         "train": lambda: prepare(Config.model_validate({"train": training})),
     }
 
@@ -133,7 +134,10 @@ def test_any_store_is_read_right_or_refused(
         room.mkdir()
         store = hostile.make(bases, room / "store")
         there = entries(room)
-        for name, read in ways(store, good, room / "out").items():
+        chosen = ways(store, good, room / "out")
+        if len(repr(hostile)) % 8:
+            del chosen["report"]  # it draws, which takes its time
+        for name, read in chosen.items():
             (room / "out").mkdir(exist_ok=True)
             with bounded(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 try:
@@ -154,7 +158,7 @@ def test_any_store_is_read_right_or_refused(
         name: {path.name: path.read_bytes() for path in base.iterdir()} for name, base in bases.items()
     } == untouched
     with capsys.disabled():
-        print(f"\nfuzz: {outcomes['stores']:,} stores tried in {len(ways(good, good, tmp_path))} ways each: "
+        print(f"\nfuzz: {outcomes['stores']:,} stores tried in up to {len(ways(good, good, tmp_path))} ways each: "
               f"{outcomes['refusals']:,} refusals, {outcomes['read']:,} read, 0 failures")  # fmt: skip
     assert outcomes["refusals"] > outcomes["stores"], "most of them are no stores any more"
 
