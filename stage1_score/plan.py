@@ -61,7 +61,8 @@ def make_plan(config: Config, command: Sequence[str]) -> Plan:
     wanted = build_manifest(config, files, tokenizer, source, template, dtypes, engine)
     stop_ids = frozenset(wanted.stop_token_ids)
     row_tokenizer = RowTokenizer(tokenizer, config.data, template, stop_ids, wanted.vocab_size)
-    print(f"data: {row_format.name} rows, template {template}, targets {config.data.targets}")
+    weights = ", some of weights of their own" if source.weighted else ""
+    print(f"data: {row_format.name} rows, template {template}, targets {config.data.targets}{weights}")
     print(f"prior: {engine} on {choose_device(config)}, weights {dtypes[0]}, forward pass {dtypes[1]}")
     _note_positions(files, config.data.max_length)
     if found is None:

@@ -87,6 +87,13 @@ def test_the_same_conversation_in_five_formats(
     assert sum(row == first for row in stores.values()) == 5, "every id, target and score is bit for bit the same"
 
 
+def test_weights_are_announced(prior: Path, prift_score, tmp_path: Path, write_jsonl):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 2}]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"messages": turns}])
+    outcome = prift_score(f"data.path={data}", f"prior.model={prior}", f"score.output={tmp_path}/store")
+    assert "data: messages rows, template chat, targets completion, some of weights of their own\n" in outcome.stdout
+
+
 def test_text_is_scored_whole(prior: Path, pipeline: Path, tmp_path: Path, write_jsonl, read_store):
     data = write_jsonl(tmp_path / "data.jsonl", [{"text": "once upon a time"}])
     score(pipeline, f"data.path={data}", f"prior.model={prior}", f"score.output={tmp_path}/store")
