@@ -136,7 +136,7 @@ def make_manifest(num_rows: int) -> Any:
     digest = "0" * 64
     identity = Identity(
         prior_weights=digest, prior_config=digest, quantization=None, tokenizer_files=digest, chat_template=None,
-        template_arguments=None, template="tokens", targets="all", max_length=4096, overlong="drop",
+        template_arguments=None, template="tokens", targets="all", split_turns=False, max_length=4096, overlong="drop",
         special_tokens="as given", weight_dtype="float32", compute_dtype="float32", head_dtype="float32",
         engine="transformers", statistics_version=1, columns=COLUMNS,
     )  # fmt: skip

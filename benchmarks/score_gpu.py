@@ -158,6 +158,7 @@ def make_engine(shape: str, device: str, config: Any) -> Any:
     )  # fmt: skip
     fields: dict[str, Any] = dict.fromkeys(Identity.model_fields, "") | {
         "columns": COLUMNS, "max_length": 4096, "statistics_version": 1, "weight_dtype": "bfloat16",
+        "split_turns": False,
         "compute_dtype": "bfloat16",
     }  # fmt: skip
 

@@ -62,7 +62,7 @@ def difference(name: str, folder: Path) -> dict[str, Any]:
     """Largest absolute difference per column between the engines, and the spread of logprob."""
     files = find_pretrained(str(make_model(name, folder)))
     fields: dict[str, Any] = dict.fromkeys(Identity.model_fields, "") | {
-        "columns": COLUMNS, "max_length": 256, "statistics_version": 1, "weight_dtype": "float32",
+        "columns": COLUMNS, "max_length": 256, "statistics_version": 1, "weight_dtype": "float32", "split_turns": False,
     }  # fmt: skip
     rows = []
     for engine, compute_dtype in ((VllmEngine, "float64_products"), (TransformersEngine, "float64")):
