@@ -232,6 +232,8 @@ def read_manifest(store: Place) -> Manifest:
         json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except FileNotFoundError:
         content = None
+    except UserError:  # an object store's own words
+        raise
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if content is None:
@@ -338,6 +340,8 @@ def _refusal(store: Place, differences: list[tuple[str, Any, Any]], command: Seq
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
     )
     kept = [word for word in command if not word.startswith("score.output=")]
+    if ("identity.split_turns", False, True) in differences:
+        table += "\nA lifted store goes on with:  " + shlex.join([*command, "data.split_turns=false"])
     grew = {name for name, _, _ in differences} <= {"source.files", "source.limit"}
     extend = f"\nOr, where rows were only added:  {shlex.join([*command, 'score.extend=true'])}" if grew else ""
     again = shlex.join(command)

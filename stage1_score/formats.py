@@ -208,6 +208,10 @@ def _messages(messages: list[Any], place: str) -> list[dict[str, Any]]:
     messages = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m for m in messages]
     if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
         raise UserError(f"{place}: expected messages with a role each, got {shown(messages)}")
+    for index, role in enumerate(message["role"] for message in messages):
+        # Spelt otherwise, the turn would be context, without a word.
+        if role != "assistant" and _ROLES.get(role.lower()) == "assistant":
+            raise UserError(f"{place}: message {index}: expected 'assistant' as the role of its turns, got {role!r}")
     return messages
 
 

@@ -110,6 +110,15 @@ def test_a_damaged_store_is_not_lifted(old_store, tmp_path: Path, call_verb, rew
     assert not (tmp_path / "new").exists()
 
 
+def test_a_lifted_store_of_conversations_names_how_to_go_on(tmp_path: Path, manifest_with):
+    from shared.score_store import create_or_match
+
+    create_or_match(tmp_path, manifest_with(template="chat"), ["prift-score"])
+    with pytest.raises(UserError) as refused:
+        create_or_match(tmp_path, manifest_with(template="chat", split_turns=True), ["prift-score", "p.yaml"])
+    assert "A lifted store goes on with:  prift-score p.yaml data.split_turns=false" in str(refused.value)
+
+
 def test_scoring_goes_on_in_the_lifted_store(
     prift_score, prift_inspect, plain_prior: Path, tmp_path: Path, write_jsonl, read_store
 ):

@@ -200,6 +200,14 @@ def test_flags_that_make_no_sense(message: dict[str, Any], reason: str):
     assert str(refused.value).startswith(f"data.jsonl:1: {reason}")
 
 
+@pytest.mark.parametrize("role", ["Assistant", "bot", "model", "gpt"])
+def test_an_assistant_of_another_name_is_not_taken_for_context(role: str):
+    with pytest.raises(UserError, match=f"^data.jsonl:1: message 1: expected 'assistant' .*, got '{role}'"):
+        read_row({"messages": [USER, {"role": role, "content": "hello"}]})
+    # Roles that only a template knows are its matter.
+    assert read_row({"messages": [{"role": "developer", "content": "be"}, USER, ASSISTANT]}).messages[0]["role"]
+
+
 def test_tools_as_json_text():
     row = {"messages": [USER, ASSISTANT], "tools": '[{"name": "add"}]'}
     assert read_row(row) == Conversation([USER, ASSISTANT], [{"name": "add"}])
