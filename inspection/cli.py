@@ -1,7 +1,9 @@
 """`prift-inspect`: look at score stores."""
 
 import argparse
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from shared.cli import place_argument
@@ -61,7 +63,16 @@ def main() -> None:
 
     from shared.cli import exit_code_of, leave
 
-    leave(exit_code_of(lambda: arguments.run(arguments), "prift-inspect"))
+    leave(exit_code_of(lambda: _to_the_end(lambda: arguments.run(arguments)), "prift-inspect"))
+
+
+def _to_the_end(verb: Callable[[], None]) -> None:
+    """Run a verb; that its reader (`| head`) has seen enough is no mistake."""
+    try:
+        verb()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _verify(store: Place) -> None:

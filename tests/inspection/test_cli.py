@@ -1,5 +1,8 @@
 """`prift-inspect`."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -54,6 +57,17 @@ def test_another_schema_version_is_exit_2(prift_inspect, store: Path):
     outcome = prift_inspect("verify", store)
     assert outcome.code == 2
     assert "expected a schema version from 1 to 3, found 7" in outcome.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_mistake(store: Path):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "inspection.cli", "stats", str(store)],
+        stdout=write, stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_an_unknown_verb_is_exit_2(prift_inspect):
